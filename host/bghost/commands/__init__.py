@@ -1,0 +1,1 @@
+"""The commands of ``bghost``, found by entry point; ``run`` alone brings host and worker code together."""

@@ -1,0 +1,1 @@
+"""The kinds of worker that come along with bghost."""

@@ -1,0 +1,86 @@
+"""A worker that becomes another program: the last step of its life, in place of its end."""
+
+import os
+import shutil
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from bghost.shared import linux
+from bghost.shared import table as t
+from bghost.shared.errors import BghostError
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What a worker is to become.
+
+    :param argv: the program, looked up on PATH, and its arguments.
+    :param env: variables on top of the host's.
+    :param cwd: where it starts; ``None``: where the host was started.
+    :param stop_signal: what asks it to stop.
+    :param reload_signal: what tells it of a new config; 0: nothing does.
+    :param death_signal: what the kernel sends it when the host dies.
+    :param notify: whether it says itself, by sd_notify, when it is ready; else it is at once.
+    :param ready_output: it is ready when it has printed this.
+    """
+
+    argv: Sequence[str]
+    env: Mapping[str, str] = field(default_factory=dict)
+    cwd: str | None = None
+    stop_signal: int = signal.SIGTERM
+    reload_signal: int = 0
+    death_signal: int = signal.SIGTERM
+    notify: bool = False
+    ready_output: str = ""
+
+
+class Become(BaseException):
+    """Unwinds the worker up to where it can become its program; nobody's ``except`` is to stop it."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program)
+        self.program = program
+
+
+class NotRun(BghostError):
+    """The program could not be started."""
+
+
+def become(
+    program: Program, slot: t.Slot, notify_socket: str, inherit: Sequence[int], ready: Callable[[], None]
+) -> NoReturn:
+    """Replace this process. Its scopes are closed, and nothing that would have to be undone is left.
+
+    :param notify_socket: where a program that says itself when it is ready says so.
+    :param ready: tells the host that the worker is ready; called last, where the program does not say so itself.
+    :param inherit: descriptors that stay open: the instance's lock.
+    :raises NotRun: if there is no such program, or the kernel will not have it.
+    """
+    env = {**os.environ, **program.env}
+    if program.notify:
+        env["NOTIFY_SOCKET"] = notify_socket
+    try:
+        if program.cwd is not None:
+            os.chdir(program.cwd)
+        path = shutil.which(program.argv[0], path=env.get("PATH", os.defpath))
+        if path is None:
+            raise FileNotFoundError(2, "there is no such program on PATH")
+        for fd in inherit:
+            os.set_inheritable(fd, True)
+        signal.set_wakeup_fd(-1)
+        for signum in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(signum, signal.SIG_DFL)  # what is caught is reset by the kernel, what Python ignores is not
+        linux.prctl(linux.PR_SET_PDEATHSIG, program.death_signal)
+        stats = slot.stats
+        stats[t.STOP_SIGNAL], stats[t.RELOAD_SIGNAL] = program.stop_signal, program.reload_signal
+        slot.ready_output.write(program.ready_output)
+        stats[t.EXECED] = 1
+        if not (program.notify or program.ready_output):
+            ready()
+        os.execve(path, list(program.argv), env)
+    except (OSError, ValueError) as error:
+        slot.stats[t.EXECED] = 0
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise NotRun(f"{program.argv[0]!r} cannot be run", detail=reason) from None
