@@ -1,0 +1,270 @@
+"""What is left of a session after an error, and how many workers go through an outage."""
+
+import os
+import signal
+import socket
+import threading
+import time
+from typing import Any, Final
+
+import psycopg
+import pytest
+from support import SLOW, Sandbox, until
+
+from bghost_postgres.outage import Outage
+
+Session = psycopg.Connection[Any]
+
+
+TABLES: Final = "create table t (n int)"
+
+KIND: Final = """\
+import bghost, bghost_postgres, psycopg
+
+class Settings(bghost.Settings):
+    naptime: float = 0.05
+
+class Kind:
+    Settings = Settings
+
+    @bghost.hookimpl
+    def bghost_setup(self, worker):
+        self.ticks = 0
+        self.greeted = 0
+        self.db = bghost_postgres.connect(worker, keep={keep}, on_connect=self.greet)
+        self.db.listen("kept")
+
+    def greet(self, connection):
+        self.greeted += 1
+        connection.execute("set work_mem = '2MB'")
+
+    @bghost.hookimpl
+    def bghost_tick(self, worker):
+        db = self.db
+        self.ticks += 1
+        if self.ticks == 1:
+            db.execute("set statement_timeout = '1h'")
+            db.execute("select pg_advisory_lock(1)")
+            db.execute("create temp table mine (n int)")
+            db.execute("prepare one as select 1")
+            db.execute("listen mine")
+            for _ in range(8):
+                db.execute("select count(*) from t")
+            db.connection.pipeline().__enter__() if {pipeline} else None
+            raise ValueError("a tick that fails")
+        count = db.execute("select count(*) from t").fetchone()[0]
+        state = [
+            db.execute("show statement_timeout").fetchone()[0],
+            db.execute("select count(*) from pg_locks where pid = pg_backend_pid() and objid = 1").fetchone()[0],
+            db.execute("select to_regclass('pg_temp.mine') is not null").fetchone()[0],
+            db.execute("select count(*) from pg_prepared_statements where name = 'one'").fetchone()[0],
+            sorted(name for (name,) in db.execute("select pg_listening_channels()")),
+            db.execute("show work_mem").fetchone()[0],
+            self.greeted,
+            count,
+        ]
+        worker.log.info("state {{}}", state)
+        raise bghost.GiveUp("seen")
+"""
+
+
+@pytest.mark.parametrize(
+    ("keep", "pipeline", "state"),
+    [
+        ((), False, ["0", 0, False, 0, ["kept"], "2MB", 2, 0]),
+        ((), True, ["0", 0, False, 0, ["kept"], "2MB", 2, 0]),
+        (
+            ("cursors", "settings", "prepared", "listen", "locks", "temporary"),
+            False,
+            ["1h", 1, True, 1, ["kept", "mine"], "2MB", 2, 0],
+        ),
+    ],
+    ids=["reset", "pipeline", "kept"],
+)
+def test_an_error_resets_the_session(
+    sandbox: Sandbox, database_uri: str, other: Session, keep: tuple[str, ...], pipeline: bool, state: list[object]
+) -> None:
+    """Settings, locks, temporary tables, prepared statements, LISTEN by hand: gone, unless declared as kept."""
+    sandbox.kinds({"probe": KIND.format(keep=keep, pipeline=pipeline)})
+    host = sandbox.start_host("run", "probe", "--set", f"postgres.dsn={database_uri}")
+    host.wait_answering()
+    host.wait_line("state ")
+    [line] = [line for line in host.text().splitlines() if "state [" in line]
+    assert line.endswith(f"state {state}")
+
+
+LISTENER: Final = """\
+import bghost, bghost_postgres
+
+class Settings(bghost.Settings):
+    naptime: float = 600.0
+
+class Kind:
+    Settings = Settings
+
+    @bghost.hookimpl
+    def bghost_setup(self, worker):
+        self.db = bghost_postgres.connect(worker)
+        self.db.listen("Jobs")
+
+    @bghost.hookimpl
+    def bghost_tick(self, worker):
+        for note in self.db.notifications():
+            worker.log.info("got {} {}, woken by {}", note.channel, note.payload, sorted(worker.woken))
+        if "notify" in worker.woken:
+            self.db.execute("notify \\"Jobs\\", 'own'") if not getattr(self, "sent", False) else None
+            self.sent = True
+"""
+
+
+def test_a_notification_wakes_the_worker(sandbox: Sandbox, database_uri: str, other: Session) -> None:
+    """Also one that comes during a query and leaves the socket quiet, and one after the connection was replaced."""
+    sandbox.kinds({"probe": LISTENER})
+    host = sandbox.start_host("run", "probe", "--set", f"postgres.dsn={database_uri}")
+    host.wait_answering()
+    backend = host.wait_row("probe", lambda row: row["ticks"] == 1)["backend_pid"]
+    other.execute("""notify "Jobs", 'one'""")
+    host.wait_line(r"got Jobs one, woken by \['notify'\]")
+    host.wait_line(r"got Jobs own, woken by \['notify'\]")  # its own, there before its next wait
+    other.execute("select pg_terminate_backend(%s, 5000)", [backend])
+    host.wait_row("probe", lambda row: row["backend_pid"] not in (None, backend))
+    other.execute("""notify "Jobs", 'two'""")
+    host.wait_line(r"got Jobs two, woken by \['notify'\]")
+    assert host.row("probe")["errors"] == 0
+
+
+class Silent:
+    """A server that takes connections and ends them at once, until it is closed; counts them."""
+
+    def __init__(self) -> None:
+        self.socket = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.port = self.socket.getsockname()[1]
+        self.connections: list[float] = []
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self.socket.accept()
+            except OSError:
+                return
+            self.connections.append(time.monotonic())
+            connection.close()
+
+    def close(self) -> None:
+        self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
+        self._thread.join()
+
+
+TICK: Final = """\
+import bghost, bghost_postgres
+
+class Kind:
+    @bghost.hookimpl
+    def bghost_setup(self, worker):
+        self.db = bghost_postgres.connect(worker)
+
+    @bghost.hookimpl
+    def bghost_tick(self, worker):
+        self.db.execute("select 1")
+        return bghost.UNTIL_WOKEN
+"""
+
+
+def test_one_worker_of_many_probes_a_server_that_is_down(sandbox: Sandbox) -> None:
+    """Each tries once; from then on there is one that does, though it be another one after the first was killed."""
+    count = 20
+    server = Silent()
+    try:
+        sandbox.kinds({"probe": TICK})
+        dsn = f"host=127.0.0.1 port={server.port} user=u dbname=d sslmode=disable gssencmode=disable"
+        host = sandbox.start_host("run", "probe", "--count", str(count), "--set", f"postgres.dsn={dsn}")
+        host.wait_answering()
+
+        def waits() -> bool:
+            return sum(row["wait"] == "database" for row in host.client.ps()) == count
+
+        until(waits, 30 * SLOW)
+        server.connections.clear()
+        began = time.monotonic()
+        until(lambda: len(server.connections) >= 6, 20 * SLOW)  # three probes, a ping with each
+        took = time.monotonic() - began
+        # Delays of 0.5, 1, 2, 4 s ...: two connections each; a few workers may have been at their first still.
+        assert len(server.connections) <= 2 * (took / 0.5 + 3) + 6
+        assert host.text().count("cannot be reached") == count
+        host.signal(signal.SIGINT)
+        assert host.wait() == 0
+    finally:
+        server.close()
+
+
+def test_who_waits_for_a_probe_is_told_of_its_end() -> None:
+    """By a byte when the server is back, by the end of the stream when the prober has gone; then there is another."""
+    name = f"a server of {os.getpid()}"
+    first, second, third = Outage(name), Outage(name), Outage(name)
+    try:
+        assert (first.follow(), first.probes) == (None, True)
+        turn = second.follow()
+        assert turn is not None
+        assert third.follow() is not None
+        first.leave(back=True)
+        assert os.read(turn, 10) == b"1"
+        assert (second.follow(), second.probes) == (None, True)
+        again = third.follow()
+        assert again is not None
+        second.leave()
+        with pytest.raises(ConnectionResetError):
+            os.read(again, 10)
+    finally:
+        for each in (first, second, third):
+            each.leave()
+
+
+def test_an_outage_is_over_for_all_at_once(sandbox: Sandbox, database_uri: str, other: Session, tmp_path: Any) -> None:
+    """Workers that wait for another's probe go on with it; each logs one line at the start, and one at the end."""
+    sandbox.kinds({"probe": TICK})
+    directory, port = other.info.host, other.info.port
+    host = sandbox.start_host(
+        "run", "probe", "--count", "5", "--set", f"postgres.dsn=host={tmp_path} port={port} user=postgres"
+    )
+    host.wait_answering()
+    until(lambda: sum(row["wait"] == "database" for row in host.client.ps()) == 5, 30 * SLOW)
+    os.symlink(f"{directory}/.s.PGSQL.{port}", tmp_path / f".s.PGSQL.{port}")
+    until(lambda: host.text().count("can be reached again") == 5, 40 * SLOW)
+    assert host.text().count("cannot be reached") == 5
+    host.signal(signal.SIGINT)
+    assert host.wait() == 0
+
+
+READY: Final = """\
+import bghost, bghost_postgres
+
+class Kind:
+    @bghost.hookimpl
+    def bghost_setup(self, worker):
+        bghost_postgres.connect(worker).execute("select 1")
+
+    @bghost.hookimpl
+    def bghost_tick(self, worker):
+        return bghost.UNTIL_WOKEN
+"""
+
+
+def test_the_time_to_get_ready_stands_still_while_a_worker_waits(sandbox: Sandbox) -> None:
+    """A server that is down longer than ready_timeout is no reason to kill a worker in its set-up."""
+    sandbox.kinds({"probe": READY})
+    sandbox.config(
+        '[[worker]]\nkind = "probe"\nname = "probe"\nready_timeout = 0.5\n[postgres]\ndsn = "host=/nowhere"\n'
+    )
+    host = sandbox.start_host("run")
+    host.wait_answering()
+    row = host.wait_row("probe", lambda row: row["wait"] == "database")
+    began = time.monotonic()
+    until(lambda: time.monotonic() - began > 2.0, 5)
+    assert "not ready within" not in host.text()
+    now = host.row("probe")
+    assert (now["pid"], now["state"], now["wait"]) == (row["pid"], "starting", "database")
+    host.signal(signal.SIGINT)
+    host.wait()
