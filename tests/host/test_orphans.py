@@ -1,0 +1,209 @@
+"""What workers leave behind: found, ended and named when they end; what a living one keeps in the background stays."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from chaos import CHAOS, table
+from support import BGHOST, SLOW, Host, Sandbox, StartHost, until
+
+FAMILY = """
+import setproctitle
+def forked(title, then=None, session=False):
+    if os.fork() == 0:
+        if session:
+            os.setsid()
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        setproctitle.setproctitle(title)
+        if then:
+            then()
+        while True:
+            time.sleep(1)
+forked('kin: in the group')
+forked('kin: in a session', session=True)
+# in the group, and what it has started is not: it comes to the host only when this one has ended, too
+forked('kin: parent', lambda: forked('kin: of a parent', lambda: forked('kin: of that', session=True), session=True))
+if os.fork() == 0:  # twice forked, as daemons do
+    os.setsid()
+    forked('kin: daemon')
+    os._exit(0)
+os.wait()
+nap = 'import signal, sys, time; signal.pthread_sigmask(0, signal.valid_signals()); time.sleep(120)'
+kind.program = subprocess.Popen([sys.executable, '-c', nap, 'kin: program'], start_new_session=True)
+time.sleep(0.2)
+note('has kin')
+"""
+KIN = 7
+
+
+def kin() -> list[str]:
+    found = []
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit():
+            try:
+                found += re.findall(r"kin: [a-z ]+", (path / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+            except OSError:
+                pass
+    return found
+
+
+def start(bghost_host: StartHost, *tables: str, head: str = "") -> Host:
+    config = f"[host]\nkinds = ['chaos']\n{head}\n" + "".join(tables)
+    return bghost_host(kinds={"chaos": CHAOS}, args=["run"], config=config)
+
+
+@pytest.mark.parametrize("end", ["killed", "stopped", "with the host"])
+def test_all_descendants_end_with_their_worker(end: str, bghost_host: StartHost) -> None:
+    """Of any depth, in any group and session, forked or exec'd; those that had left the group are named."""
+    host = start(bghost_host, table("family", tick=FAMILY, restart="never"), table("other"))
+    host.wait_line("note: has kin")
+    mine = host.sandbox.processes()
+    assert sum("kin: " in line for line in mine.values()) == KIN, mine
+    if end == "killed":
+        os.kill(host.row("family")["pid"] or 0, signal.SIGKILL)
+        host.client.wait("family", until="stopped")
+    elif end == "stopped":
+        host.client.stop("family")
+    else:
+        assert host.client.shutdown() == {"killed": []}
+    until(lambda: not any("kin: " in line for line in host.sandbox.processes().values()), what="the end of all kin")
+    pattern = r"left behind by worker (\w+): pid \d+ \((.*)\); killed"
+    said = (
+        until(lambda: found if len(found := re.findall(pattern, host.text())) >= 5 else None, what="five lines") or []
+    )
+    # Whose a fork was can be told as long as its worker has not ended together with others.
+    assert {worker for worker, _ in said} <= ({"family", "other"} if end == "with the host" else {"family"})
+    assert {re.search("kin: [a-z ]+", line)[0].strip() for _, line in said} == {  # type: ignore[index]
+        "kin: in a session",
+        "kin: of a parent",
+        "kin: of that",
+        "kin: daemon",
+        "kin: program",
+    }
+    if end == "with the host":
+        assert host.wait() == 0
+        assert not host.sandbox.processes()
+    else:
+        assert host.row("other")["starts"] == 1
+        assert zombies(host) == []
+
+
+def zombies(host: Host) -> list[int]:
+    children = Path(f"/proc/{host.pid}/task/{host.pid}/children").read_text().split()
+    states = {int(pid): Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in children}
+    return [pid for pid, state in states.items() if state == "Z"]
+
+
+def test_what_a_living_worker_has_in_the_background_stays(bghost_host: StartHost) -> None:
+    """Another worker's end does not touch it; when it ends by itself it is reaped at once."""
+    background = """
+program = 'import time; time.sleep({seconds})'
+subprocess.run(['sh', '-c', 'setsid "$@" & exit 0', 'sh', sys.executable, '-c', program, 'background-' + worker.name])
+note('has started one')
+"""
+    host = start(
+        bghost_host,
+        table("keeper", tick=background.replace("{seconds}", "120")),
+        table("short", tick=background.replace("{seconds}", "0.5")),
+        table("dies", tick="worker.wait(60); os._exit(1)", restart="never"),
+    )
+    for name in ("keeper", "short"):
+        host.wait_line(rf"\[{name}\] note: has started one")
+
+    def there(name: str) -> list[int]:
+        return [
+            pid
+            for pid, line in host.sandbox.processes().items()
+            if f"background-{name}" in line and "sh -c" not in line
+        ]
+
+    until(lambda: there("keeper"))
+    host.client.wait("dies")
+    host.client.request("wake", names=["dies"])
+    host.client.wait("dies", until="stopped")
+    until(lambda: not there("short"), what="the end of the short one")
+    until(lambda: not zombies(host), what="no zombie")
+    assert there("keeper")
+    assert "left behind" not in host.text()
+    host.client.stop("keeper")
+    host.wait_line(r"left behind by worker keeper: pid \d+ \(.*background-keeper")
+    until(lambda: not there("keeper"))
+
+
+AS_INIT = """
+import os, signal, subprocess, sys, time
+from bghost.shared.client import Client
+# This process has come into the namespace from outside; it stands for a `docker exec`.
+def wait(condition):
+    until = time.monotonic() + 15
+    while not (value := condition()):
+        assert time.monotonic() < until, subprocess.run(['ps', 'axf'], capture_output=True, text=True).stdout
+        time.sleep(0.02)
+    return value
+# both are strangers to the host, and its children now
+subprocess.run(['sh', '-c', 'exec >/dev/null 2>&1; sleep 61 & sleep 0.3 & exit 0'])
+def strangers(seconds):
+    return subprocess.run(['pgrep', '-f', f'^sleep {seconds}$'], capture_output=True, text=True).stdout.split()
+wait(lambda: strangers(61))
+client = Client()
+wait(lambda: not strangers('0.3'))
+wait(lambda: 'Z' not in subprocess.run(['ps', '-eo', 'stat='], capture_output=True, text=True).stdout)
+os.kill(client.ps('family')[0]['pid'], signal.SIGKILL)
+client.wait('family', until='stopped')
+wait(lambda: not subprocess.run(['pgrep', '-f', 'kin: '], capture_output=True, text=True).stdout.split())
+assert strangers(61), 'a stranger was killed'
+print('ok', flush=True)
+"""
+
+
+def test_as_pid_1_it_reaps_strangers_and_kills_none(sandbox: Sandbox) -> None:
+    """As in a container: whoever loses its parent there comes to the host, which ends only what is its workers' own."""
+    isolate = ["unshare", "-pf", "--mount-proc"]
+    if (
+        shutil.which("unshare") is None
+        or shutil.which("nsenter") is None
+        or subprocess.run([*isolate, "true"], capture_output=True).returncode != 0
+    ):
+        pytest.skip("no PID namespace can be made here")
+    sandbox.kinds({"chaos": CHAOS})
+    sandbox.config(table("family", tick=FAMILY, restart="never") + table("other"))
+    host = subprocess.Popen(
+        [*isolate, *BGHOST, "run"], env=sandbox.environ(), cwd=sandbox.root, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        client = sandbox.client()
+
+        def answers() -> bool:
+            try:
+                return client.ps("family")[0]["doing"] == "idle"
+            except Exception:
+                return False
+
+        until(answers)
+        (init,) = Path(f"/proc/{host.pid}/task/{host.pid}/children").read_text().split()
+        script = sandbox.root / "exec.py"
+        script.write_text(AS_INIT)
+        inside = subprocess.run(
+            ["nsenter", "-t", init, "-p", "-m", sys.executable, str(script)],
+            env=sandbox.environ(), capture_output=True, text=True, timeout=40 * SLOW,
+        )  # fmt: skip
+        assert (inside.returncode, inside.stdout) == (0, "ok\n"), inside.stderr
+        begun = time.monotonic()
+        client.shutdown()
+        assert host.wait(10 * SLOW) == 0
+        assert time.monotonic() - begun < 5 * SLOW
+    finally:
+        if host.poll() is None:
+            host.kill()
+            host.wait()
+            for pid in sandbox.processes():
+                os.kill(pid, signal.SIGKILL)
+        assert host.stderr is not None
+        print(host.stderr.read())
+        host.stderr.close()

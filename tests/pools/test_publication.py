@@ -1,0 +1,161 @@
+"""The publication of an entry's data at the level of single stores, seen in any order."""
+
+import itertools
+import random
+from collections.abc import Callable, Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bghost.shared.publication import Publications, salt
+
+SIZE = 24
+
+
+PLACE = 64  # of a place that is not the first
+SEQUENCE = PLACE // 8
+MINE = salt(7)
+
+
+class Cells:
+    """One place, as its owner and readers see it."""
+
+    def __init__(self, size: int) -> None:
+        self.data = memoryview(bytearray(1024))
+        self._publications = Publications(self.data, size)
+
+    def publish(self, data: bytes, owner: int = MINE) -> None:
+        self._publications.write(PLACE, owner, data)
+
+    def published(self, owner: int = MINE) -> bytes | None:
+        return self._publications.read(PLACE, owner)
+
+    def live(self) -> bytes:
+        at = self._publications.live_at(PLACE)
+        return bytes(self.data[at : at + self._publications.size])
+
+    def heal(self) -> None:
+        self._publications.heal(PLACE, MINE)
+
+
+@pytest.fixture(name="cells")
+def make_cells() -> Cells:
+    return Cells(SIZE)
+
+
+def data(number: int, size: int = SIZE) -> bytes:
+    """The data of the so-manieth publication; each byte differs from that of every other."""
+    return bytes((number * 31 + place) & 0xFF for place in range(size))
+
+
+def words_of(cells: Cells) -> list[int]:
+    return [*cells.data.cast("Q")]
+
+
+def show(cells: Cells, words: list[int]) -> None:
+    """Have a reader find these words."""
+    memory = cells.data.cast("Q")
+    for place, word in enumerate(words):
+        memory[place] = word
+
+
+def states(cells: Cells, publish: Callable[[int], None], count: int) -> Iterator[list[int]]:
+    """The memory after 0, 1, 2, ... publications."""
+    yield words_of(cells)
+    for number in range(1, count):
+        publish(number)
+        yield words_of(cells)
+
+
+def test_any_part_of_the_stores_in_any_order(cells: Cells) -> None:
+    """Whichever stores of a publication a reader sees, and whichever it does not yet, it reads what was published
+    before or what is published now, whole; or, where the last word came too early, nothing, and looks again."""
+    old, new = list(states(cells, lambda number: cells.publish(data(number)), 6))[4:]
+    changed = [place for place, pair in enumerate(zip(old, new, strict=True)) if pair[0] != pair[1]]
+    # Sequence number, checksum, data, the word that says so; the live data, and the word that says that it is.
+    assert len(changed) == 4 + 2 * (SIZE // 8)
+    whole = changed[0], *changed[2 : 4 + SIZE // 8]
+    seen = set()
+    for part in itertools.product((False, True), repeat=len(changed)):
+        shown = old.copy()
+        for place, is_seen in zip(changed, part, strict=True):
+            if is_seen:
+                shown[place] = new[place]
+        show(cells, shown)
+        read = cells.published()
+        flipped = shown[SEQUENCE] == new[SEQUENCE]
+        assert read == (
+            data(4) if not flipped else data(5) if all(shown[place] == new[place] for place in whole) else None
+        )
+        seen.add(read)
+    assert seen == {data(4), data(5), None}
+
+
+def test_any_mixture_of_publications_is_refused(cells: Cells) -> None:
+    """A reader that is slow may copy each word of a half from another publication than the next, and may have seen any
+    of the last words: what it believes is one publication, whole, and not an older one than that word names."""
+    memory = list(states(cells, lambda number: cells.publish(data(number)), 7))
+    half = [place for place in range(len(memory[6])) if memory[6][place] != memory[5][place]][2 : 4 + SIZE // 8]
+    believed = 0
+    for sequence in (2, 4, 6):
+        for versions in itertools.product((2, 4, 6), repeat=len(half)):
+            shown = memory[6].copy()
+            shown[SEQUENCE] = sequence
+            for place, version in zip(half, versions, strict=True):
+                shown[place] = memory[version][place]
+            show(cells, shown)
+            whole = len(set(versions)) == 1 and versions[0] >= sequence
+            assert cells.published() == (data(versions[0]) if whole else None)
+            believed += whole
+    assert believed == 6
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.integers(1, 80), st.integers(1, 6), st.randoms(use_true_random=False))
+def test_random_mixtures_of_any_data(size: int, count: int, chance: random.Random) -> None:
+    """The same for data of any size and content, word by word: nothing that was not published is ever read."""
+    cells = Cells(size)
+    published = [chance.randbytes(size) for _ in range(count)]
+    memory = list(states(cells, lambda number: cells.publish(published[number - 1]), count + 1))
+    for _ in range(10):
+        show(cells, [chance.choice(versions) for versions in zip(*memory, strict=True)])
+        assert cells.published() in (None, *published)
+
+
+def test_a_place_that_changes_hands(cells: Cells) -> None:
+    """Who reads for one owner never believes what another has published, be the place cleared between or not."""
+    for owner, other in itertools.pairwise(map(salt, range(1000))):
+        cells.publish(data(1), owner)
+        assert cells.published(owner) == data(1)
+        assert cells.published(other) is None
+
+
+def test_a_death_while_the_live_data_is_written(cells: Cells) -> None:
+    """The owner's next process begins with the live data as it was published; single words that were written after a
+    publication stay."""
+    *_, old, new = states(cells, lambda number: cells.publish(data(number)), 6)
+    live = [place for place, word in enumerate(new) if word != old[place]][4 + SIZE // 8 :]
+    assert len(live) == SIZE // 8
+    for count in range(SIZE // 8 + 1):
+        shown = new.copy()
+        shown[SEQUENCE + 1] = old[SEQUENCE + 1]
+        for place in live[count:]:
+            shown[place] = old[place]
+        show(cells, shown)
+        cells.heal()
+        assert (cells.live(), cells.published()) == (data(5), data(5))
+    cells.data.cast("Q")[live[0]] = 77
+    cells.heal()
+    assert cells.live()[:8] == (77).to_bytes(8, "little")
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.binary(min_size=1024, max_size=1024))
+def test_nothing_that_is_written_over_makes_reading_fail(noise: bytes) -> None:
+    """Noise is no publication, and the next one is read."""
+    cells = Cells(SIZE)
+    cells.data[:] = (noise * 2)[: len(cells.data)]
+    assert cells.published() is None
+    cells.publish(data(3))
+    assert cells.published() == data(3)
