@@ -94,6 +94,47 @@ def test_all_descendants_end_with_their_worker(end: str, bghost_host: StartHost)
         assert zombies(host) == []
 
 
+HEADLESS = """
+import ctypes, setproctitle, threading
+def forked(title, then, session):
+    pid = os.fork()
+    if pid == 0:
+        os.setsid() if session else os.setpgid(0, 0)
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        setproctitle.setproctitle(title)
+        then()
+        while True:
+            time.sleep(1)
+    return pid
+def lose_main_thread(title):
+    def then():
+        forked(title, lambda: None, session=True)
+        threading.Thread(target=time.sleep, args=(120,)).start()
+        ctypes.CDLL(None).syscall(60, 0)  # exit: of this thread, not of the process
+    return then
+near = forked('kin: near', lose_main_thread('kin: below'), session=False)
+apart = forked('kin: apart', lose_main_thread('kin: far below'), session=True)
+while any(open(f'/proc/{pid}/stat').read().rpartition(')')[2].split()[0] != 'Z' for pid in (near, apart)):
+    time.sleep(0.02)
+note(f'has kin: {near} {apart}')
+"""
+"""A process without its main thread stands for one on its way out: /proc shows no environment and no files of it."""
+
+
+def test_what_is_on_its_way_out_while_it_is_looked_at_hides_nothing(bghost_host: StartHost) -> None:
+    """One in the worker's session is still ended; one that nothing tells the worker of is looked below when it ends."""
+    host = start(bghost_host, table("family", tick=HEADLESS, restart="never"), table("other"))
+    near, apart = map(int, host.wait_line(r"note: has kin: (\d+) (\d+)").match.groups())
+    host.client.stop("family")
+    host.wait_line(r"left behind by worker family: pid \d+ \(kin: below\); killed")
+    until(lambda: not Path(f"/proc/{near}").exists(), what="the end of the one in the worker's session")
+    os.kill(apart, signal.SIGKILL)
+    host.wait_line(r"left behind by worker family: pid \d+ \(kin: far below\); killed")
+    until(lambda: not any("kin: " in line for line in host.sandbox.processes().values()), what="the end of all kin")
+    until(lambda: not zombies(host), what="no zombie")
+    assert host.row("other")["starts"] == 1
+
+
 def zombies(host: Host) -> list[int]:
     children = Path(f"/proc/{host.pid}/task/{host.pid}/children").read_text().split()
     states = {int(pid): Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in children}

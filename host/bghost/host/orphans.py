@@ -41,6 +41,7 @@ class Orphans:
         self._workers = workers
         self._own = set(_children())
         self._killed: dict[int, tuple[str, int]] = {}  # not reaped yet: whose death left it, and that one's group
+        self._swept_for = ""  # the worker that the last sweep was for; none yet
         linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
 
     @property
@@ -62,12 +63,13 @@ class Orphans:
         :param dead: the process groups of those workers, which got SIGKILL before, and their names.
         """
         self.reap()
+        self._swept_for = next(iter(dead.values()))
         for pid in self._strangers() - self._killed.keys():
             group = self._left_by(pid, dead)
             if group is None:
                 continue
             # Whose it is shows no more where several have ended at once, or it had been left before: then one of them.
-            worker = dead.get(group) or next(iter(dead.values()))
+            worker = dead.get(group) or self._swept_for
             if os.getpgid(pid) not in dead:
                 logger.warning("left behind by worker {}: pid {} ({}); killed", worker, pid, command(pid))
             self._killed[pid] = worker, group
@@ -75,13 +77,17 @@ class Orphans:
             self._timers.at(time.monotonic() + KILL_TIME, lambda pid=pid: self._lose(pid))  # type: ignore[misc]
 
     def reap(self) -> None:
-        """SIGCHLD has come: let go of those that have ended. What those have left behind comes to the host only now."""
+        """SIGCHLD has come: let go of those that have ended. What those have left behind comes to the host only now.
+
+        Also of one that was not killed: the sweep may have met it on its way out, when nothing told whose it was.
+        """
         again = {}
         for pid in self._strangers():
-            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG) is not None and pid in self._killed:
-                worker, group = self._killed.pop(pid)
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG) is not None:
+                # 0: a group's number may be another's by now, except where the host has just killed.
+                worker, group = self._killed.pop(pid, (self._swept_for, 0))
                 again[group] = worker
-        if again:
+        if self._swept_for and again:
             self.sweep(again)
 
     def _strangers(self) -> set[int]:
@@ -90,13 +96,10 @@ class Orphans:
     def _left_by(self, pid: int, dead: dict[int, str]) -> int | None:
         """The process group of the worker that has left it behind, 0 for one of the dead; ``None``: it is not left."""
         known = self._workers()
-        try:
-            session = os.getsid(pid)
-            environment = _environment(pid)
-        except OSError:
-            return None  # it has ended; reap() lets go of it
+        session = os.getsid(pid)
         if session and session in dead:  # 0 is a session outside of this PID namespace
             return session
+        environment = _environment(pid)
         owner = session if session in known else _number(environment.get(OWNER, ""))
         if owner:
             return None if owner in known else owner
@@ -139,14 +142,11 @@ def _ends(pid: int) -> bool:
 
 
 def _environment(pid: int) -> dict[str, str]:
-    """What it was started with.
-
-    :raises OSError: if it has ended.
-    """
+    """What it was started with; nothing if it is on its way out, or not ours to look into."""
     try:
         with open(f"/proc/{pid}/environ", "rb") as file:
             fields = file.read().decode("utf-8", "replace").split("\0")
-    except PermissionError:
+    except OSError:
         return {}
     return dict(field.split("=", 1) for field in fields if "=" in field)
 
