@@ -12,6 +12,8 @@ import socket
 import struct
 from typing import Final
 
+from psycopg.conninfo import conninfo_to_dict
+
 from bghost_postgres.extension import TOKEN
 
 _BACKLOG: Final = 1024
@@ -19,10 +21,11 @@ _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
 
 
 class Outage:
-    """One worker's part in an outage of the server that *conninfo* names."""
+    """One worker's part in an outage of the server that *conninfo* names, whatever it calls itself there."""
 
     def __init__(self, conninfo: str) -> None:
-        secret = f"{os.environ.get(TOKEN) or os.getpid()}\n{os.geteuid()}\n{conninfo}"
+        place = {name: value for name, value in conninfo_to_dict(conninfo).items() if name != "application_name"}
+        secret = f"{os.environ.get(TOKEN) or os.getpid()}\n{os.geteuid()}\n{sorted(place.items())}"
         self._name = f"\0bghost-postgres-{hashlib.sha256(secret.encode()).hexdigest()[:32]}"
         self._socket: socket.socket | None = None
         self.probes = False

@@ -214,8 +214,8 @@ def test_a_server_that_takes_no_more_connections_and_one_that_is_mute(
         until(lambda: sum(row["wait"] == "database" for row in host.client.ps()) == count, 30 * SLOW)
         assert host.text().count(f"too many clients already {LIMIT}") == count
         before, began = received(), time.monotonic()
-        until(lambda: received() >= before + 4, 20 * SLOW)  # two probes, with a ping each
-        assert received() - before <= 2 * ((time.monotonic() - began) / 0.5 + 3)
+        until(lambda: received() >= before + 4, 20 * SLOW)  # two probes, with a ping each, a second or more apart
+        assert time.monotonic() - began > 0.9
         for session in held[2:]:
             session.close()
         until(lambda: all(row["ticks"] > 1 for row in host.client.ps()), 40 * SLOW)
