@@ -62,7 +62,7 @@ class Orphans:
 
         :param dead: the process groups of those workers, which got SIGKILL before, and their names.
         """
-        self.reap()
+        dead = dead | self._reaped()  # in this order: what shows nobody's name is rather the newer dead's
         self._swept_for = next(iter(dead.values()))
         for pid in self._strangers() - self._killed.keys():
             group = self._left_by(pid, dead)
@@ -77,18 +77,22 @@ class Orphans:
             self._timers.at(time.monotonic() + KILL_TIME, lambda pid=pid: self._lose(pid))  # type: ignore[misc]
 
     def reap(self) -> None:
-        """SIGCHLD has come: let go of those that have ended. What those have left behind comes to the host only now.
+        """SIGCHLD has come: let go of those that have ended. What those have left behind comes to the host only now."""
+        if dead := self._reaped():
+            self.sweep(dead)
+
+    def _reaped(self) -> dict[int, str]:
+        """Let go of those that have ended; for whom to look below them, as :meth:`sweep` takes it.
 
         Also of one that was not killed: the sweep may have met it on its way out, when nothing told whose it was.
         """
-        again = {}
+        dead = {}
         for pid in self._strangers():
             if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG) is not None:
                 # 0: a group's number may be another's by now, except where the host has just killed.
                 worker, group = self._killed.pop(pid, (self._swept_for, 0))
-                again[group] = worker
-        if self._swept_for and again:
-            self.sweep(again)
+                dead[group] = worker
+        return dead if self._swept_for else {}
 
     def _strangers(self) -> set[int]:
         return set(_children()) - self._workers() - self._own
