@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import re
+import resource
 import signal
 import socket
 import threading
@@ -12,9 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+import pytest
 from support import SLOW, Host, StartHost, until
 
-from bghost import WorkerSpec
+from bghost import HostError, WorkerSpec
 from bghost.shared.frames import Decoder, encode
 
 IDLE: Final = """
@@ -123,6 +125,56 @@ def test_clients_that_wait(bghost_host: StartHost) -> None:
         assert time.monotonic() - began < 5 * SLOW
         host.client.stop("idle")
         assert {answer(connection)["result"][0]["state"] for connection in waiting} == {"stopped"}
+
+
+ASKS: Final = """
+    import os
+    import bghost
+
+    class Kind:
+        @bghost.hookimpl
+        def bghost_tick(self, worker):
+            while not os.path.exists({path!r}):
+                worker.wait(0.05)
+            try:
+                worker.launch(bghost.WorkerSpec(kind="idle", name="other"))
+            except bghost.HostError as error:
+                worker.log.info("told: {{}}", error)
+            return bghost.UNTIL_WOKEN
+"""
+
+
+def test_a_host_without_descriptors_says_so(bghost_host: StartHost, tmp_path: Path) -> None:
+    """Who comes when there is none left is told at once, client or worker; those that it has are served."""
+    go = tmp_path / "go"
+    host = bghost_host(kinds={"idle": IDLE, "asks": ASKS.format(path=str(go))}, args=["run", "idle", "asks"])
+    host.client.wait("idle", "asks")
+    limits = resource.prlimit(host.pid, resource.RLIMIT_NOFILE)
+    limit = max(map(int, os.listdir(f"/proc/{host.pid}/fd"))) + 2
+    resource.prlimit(host.pid, resource.RLIMIT_NOFILE, (limit, limits[1]))
+    with contextlib.ExitStack() as stack:
+        waiting: list[socket.socket] = []
+        told = 0
+        while told < 3:  # one may still be closed for a client that has gone
+            try:
+                host.client.ps()
+            except HostError as error:
+                assert str(error).startswith("the host can take no further connection")
+                assert f"RLIMIT_NOFILE ({limit} here)" in error.detail
+                told += 1
+            else:
+                told = 0
+                assert len(waiting) < limit
+                waiting.append(stack.enter_context(connected(host)))
+                with contextlib.suppress(BrokenPipeError):  # it may be turned away itself, for the one before it
+                    ask(waiting[-1], "wait", names=["idle"], **{"for": "stopped"})
+        go.touch()
+        host.wait_line(r"\[asks\] told: the host can take no further connection")
+        resource.prlimit(host.pid, resource.RLIMIT_NOFILE, limits)
+        host.client.stop("idle")
+        answers = [answer(each) for each in waiting]
+        assert {row["state"] for each in answers if each["ok"] for row in each["result"]} == {"stopped"}
+        assert all("no further connection" in str(each["error"]) for each in answers if not each["ok"])
 
 
 def test_what_a_worker_said_before_a_client_asked_is_known(bghost_host: StartHost, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The control socket: clients' requests in, replies out, and nobody makes the host wait."""
 
+import errno
 import os
 import socket
 import struct
@@ -11,6 +12,7 @@ import msgspec
 from loguru import logger
 
 from bghost.host.poller import READ, SHARE, WRITE, Poller
+from bghost.host.process import why_none
 from bghost.host.timers import Timer, Timers
 from bghost.shared import errors, frames
 
@@ -73,20 +75,27 @@ class Control:
         finally:
             os.umask(before)
         self._listener.listen(BACKLOG)
+        self._reserve: int | None = None  # a descriptor to turn a client away with when there is no other
         self._listen()
 
     def _listen(self) -> None:
+        if self._reserve is None:
+            self._reserve = _any_descriptor()
         self._poller.register(self._listener.fileno(), self._accept, first=True)
 
     def fds(self) -> list[int]:
         """The descriptors that a child must not keep."""
-        return [self._listener.fileno(), *(client.connection.fileno() for client in self._clients)]
+        reserve = [] if self._reserve is None else [self._reserve]
+        return [self._listener.fileno(), *reserve, *(client.connection.fileno() for client in self._clients)]
 
     def close(self) -> None:
         """Remove the socket and send what is still to be sent, as far as clients take it at once."""
         if self._listener.fileno() in self._poller:
             self._poller.unregister(self._listener.fileno())
         self._listener.close()
+        if self._reserve is not None:
+            os.close(self._reserve)
+            self._reserve = None
         try:
             os.unlink(self._path)
         except OSError:
@@ -107,14 +116,35 @@ class Control:
                 connection, _ = self._listener.accept()
             except BlockingIOError:
                 return
-            except OSError:
-                # It went away, or there is no descriptor for it. Then it waits, and the loop does not try all the time.
-                self._poller.unregister(self._listener.fileno())
-                self._timers.at(time.monotonic() + ACCEPT_RETRY, self._listen)
+            except OSError as error:
+                if not self._turn_away(error):
+                    # It went away, or waits: the loop does not try all the time.
+                    self._poller.unregister(self._listener.fileno())
+                    self._timers.at(time.monotonic() + ACCEPT_RETRY, self._listen)
                 return
             self._look_at(connection)
             if time.monotonic() > until:
                 return
+
+    def _turn_away(self, error: OSError) -> bool:
+        """Tell a client that there is no descriptor for it, with the one that is kept for that; one client a turn.
+
+        :returns: whether this was all that *error* of accept() asks for.
+        """
+        if error.errno not in (errno.EMFILE, errno.ENFILE) or self._reserve is None:
+            return False
+        os.close(self._reserve)
+        try:
+            connection, _ = self._listener.accept()
+            refusal = errors.HostError("the host can take no further connection", detail=why_none(error))
+            self._refuse(Client(connection, {}), refusal)
+        except BlockingIOError:
+            pass  # nobody waits: accept() wants a descriptor before it looks
+        except OSError:
+            return False
+        finally:
+            self._reserve = _any_descriptor()
+        return True
 
     def _look_at(self, connection: socket.socket) -> None:
         _, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
@@ -255,6 +285,14 @@ class Control:
             self._drop(client)
         elif client in self._clients:
             self._poller.want(client.connection.fileno(), READ | WRITE if client.out else READ)
+
+
+def _any_descriptor() -> int | None:
+    """One that stands for nothing, if there is one to be had."""
+    try:
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
 
 
 def _encoded(message: dict[str, object]) -> bytes:
