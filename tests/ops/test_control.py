@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import pytest
 from support import SLOW, Host, StartHost, until
 
 from bghost import HostError, WorkerSpec
