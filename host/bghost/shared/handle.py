@@ -72,8 +72,9 @@ class Handle:
         slot = self._current
         if slot is None:
             return False
+        there = slot.state in _LIVE and slot.stats[t.EXECED] != 1  # a program has no latch
         slot.wake(self.generation)  # also where there is no pid: a process may run before the host has noted its pid
-        return slot.state in _LIVE and slot.stats[t.EXECED] != 1  # a program has no latch
+        return there  # as it was before: one that was woken may have ended since
 
     def stop(self, *, mode: Literal["smart", "fast", "immediate"] = "smart", timeout: float | None = None) -> bool:
         """Stop the worker, and wait until it has; it stays stopped until it is told otherwise. In a worker.
