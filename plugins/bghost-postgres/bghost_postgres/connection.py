@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 CANCEL_AGAIN: Final = 0.1  # seconds until a query that has not ended is cancelled once more; doubles
-SHOW_AFTER: Final = 1  # milliseconds that a query takes until its text is shown
+SHOW_AFTER: Final = 0.001  # seconds that a query takes until its text is shown
 CANCEL_LIMIT: Final = 2.0  # seconds for a query to end after it was cancelled, and for a late answer to COMMIT
 INTRANS: Final = pq.TransactionStatus.INTRANS
 _ACTIVE: Final = pq.TransactionStatus.ACTIVE
@@ -104,6 +104,7 @@ class Connection(psycopg.Connection[TupleRow], Watched):
         self._late: BaseException | None = None  # the one that is kept
         self._late_until = 0.0  # monotonic seconds when the answer must be there
         self._unshown: QueryNoTemplate | None = None  # what runs, until it has taken a while
+        self._show_at = 0.0  # monotonic seconds when it has
         self._shown: AbstractContextManager[None] | None = None  # the worker's activity that shows it from then on
         self._limit: float | None = None  # monotonic seconds when a rollback has to be over, else it is all closed
 
@@ -143,7 +144,7 @@ class Connection(psycopg.Connection[TupleRow], Watched):
 
         Most are over by then, and showing it would cost them a tenth of their time.
         """
-        self._unshown = query
+        self._unshown, self._show_at = query, time.monotonic() + SHOW_AFTER
         try:
             return self.cursor_factory(self).execute(query, params)
         except BaseException:
@@ -333,8 +334,8 @@ class Connection(psycopg.Connection[TupleRow], Watched):
             if self._late is not None:
                 deadline = self._late_until
             left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
-            ready, woken = _polled(poll, left if self._unshown is None else SHOW_AFTER, fd, wanted)
-            if not ready and self._unshown is not None:
+            ready, woken = _polled(poll, left if self._unshown is None else SHOW_AFTER * 1000, fd, wanted)
+            if self._unshown is not None and (not ready or time.monotonic() >= self._show_at):
                 self._shown = self._worker.activity(query_text(self._unshown, self))
                 self._shown.__enter__()
                 self._unshown = None
