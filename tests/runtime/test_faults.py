@@ -52,7 +52,8 @@ class Oracle:
             for fd in os.listdir(f"/proc/{self.host.pid}/fd"):
                 with contextlib.suppress(FileNotFoundError):
                     held[re.sub(r":\[\d+\]$", "", os.readlink(f"/proc/{self.host.pid}/fd/{fd}"))] += 1
-            if pids == self._pids():  # no worker has begun or ended meanwhile
+            # No worker has begun or ended meanwhile; not even closed its end of the pipe, which comes before that shows.
+            if pids == self._pids() and all(map(_has_files, pids)):
                 return held
 
     def _pids(self) -> set[int]:
@@ -99,6 +100,13 @@ def _state(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return ""
+
+
+def _has_files(pid: int) -> bool:
+    try:
+        return bool(os.listdir(f"/proc/{pid}/fd"))
+    except OSError:
+        return False
 
 
 Start = Callable[..., tuple[Host, Oracle]]
