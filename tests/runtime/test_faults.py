@@ -52,7 +52,7 @@ class Oracle:
             for fd in os.listdir(f"/proc/{self.host.pid}/fd"):
                 with contextlib.suppress(FileNotFoundError):
                     held[re.sub(r":\[\d+\]$", "", os.readlink(f"/proc/{self.host.pid}/fd/{fd}"))] += 1
-            # No worker has begun or ended meanwhile; not even closed its end of the pipe, which comes before that shows.
+            # No worker has begun or ended meanwhile, nor closed its end of the pipe, which comes before that shows.
             if pids == self._pids() and all(map(_has_files, pids)):
                 return held
 
