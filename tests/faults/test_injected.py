@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, TypeVar
 
+import poolkit
 import pytest
 from chaos import CHAOS, table
 from oracle import ended, oracle, pid_of, quiet, usage
@@ -185,6 +186,28 @@ def test_no_process_for_a_while(bghost_host: StartHost, tmp_path: Path) -> None:
     host.client.wait("one")
     host.client.stop("one")
     oracle(host, before)
+    assert host.client.shutdown() == {"killed": []}
+    ended(host)
+
+
+def test_no_process_for_a_pools_worker(bghost_host: StartHost, tmp_path: Path) -> None:
+    """Its manager is told with the limit's name, and the key is tried again until there is one."""
+    go = tmp_path / "go"
+    manage = f"""
+    def manage(self, worker):
+        return self.pool.reconcile({{Key(1): {{"n": 1}}}}) if os.path.exists({str(go)!r}) else 0.05
+"""
+    host = poolkit.start(bghost_host, manager=manage)
+    host.client.wait("manager")
+    with injected(host.pid, "clone,clone3,fork,vfork:error=EAGAIN", tmp_path / "strace") as injection:
+        go.touch()
+        host.wait_line(r"note: 2 launch_failed key 1 generation 2")
+        assert injection.fired >= 2
+    host.wait_line(r"note: \d+ started key 1")
+    told = notes(host, "manager")
+    assert told[0] == "1 launch_failed key 1 generation 1"
+    assert re.match("why: no process can be forked: .*RLIMIT_NPROC", told[1])
+    assert host.row("manager")["starts"] == 1
     assert host.client.shutdown() == {"killed": []}
     ended(host)
 
