@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable
 from typing import Final
 
-from bghost.host.poller import Poller
+from bghost.host.poller import FIRST, Poller
 
 _FLAGS: Final = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 
@@ -35,7 +35,7 @@ class Channel:
 
     def watch(self) -> None:
         """In the host, once the child is there."""
-        self._poller.register(self._near.fileno(), self._receive, first=True)
+        self._poller.register(self._near.fileno(), self._receive, rank=FIRST)
 
     def fds(self) -> list[int]:
         """The descriptors that another child must not keep."""

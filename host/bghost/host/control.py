@@ -6,12 +6,13 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Final
 
 import msgspec
 from loguru import logger
 
-from bghost.host.poller import READ, SHARE, WRITE, Poller
+from bghost.host.poller import FIRST, READ, SHARE, WRITE, Poller
 from bghost.host.process import why_none
 from bghost.host.timers import Timer, Timers
 from bghost.shared import errors, frames
@@ -67,10 +68,9 @@ class Control:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         before = os.umask(0o177)
         try:
-            try:
+            with suppress(FileNotFoundError):
                 os.unlink(path)  # a dead host's: the caller holds the instance's lock
-            except FileNotFoundError:
-                pass
+            # Not under another name until it listens: a socket is known by the name that it was bound to, to ss(8) too.
             self._listener.bind(path)
         finally:
             os.umask(before)
@@ -81,7 +81,7 @@ class Control:
     def _listen(self) -> None:
         if self._reserve is None:
             self._reserve = _any_descriptor()
-        self._poller.register(self._listener.fileno(), self._accept, first=True)
+        self._poller.register(self._listener.fileno(), self._accept, rank=FIRST)
 
     def fds(self) -> list[int]:
         """The descriptors that a child must not keep."""
@@ -161,7 +161,7 @@ class Control:
         if len(self._clients) >= self._limit:
             self._refuse(client, errors.HostError(f"all {self._limit} places for clients are taken"))
         else:
-            self._poller.register(connection.fileno(), lambda events: self._serve(client, events), first=True)
+            self._poller.register(connection.fileno(), lambda events: self._serve(client, events), rank=FIRST)
             self._clients.add(client)
             self._expect(client)
             self._serve(client, READ)  # what it asks for comes with it, mostly

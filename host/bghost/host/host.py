@@ -25,7 +25,7 @@ from bghost.host.facade import HostView
 from bghost.host.notify import Notify
 from bghost.host.orphans import Orphans
 from bghost.host.output import Output
-from bghost.host.poller import SHARE, Poller
+from bghost.host.poller import FIRST, FOREMOST, SHARE, Poller
 from bghost.host.pools import HostPools
 from bghost.host.process import Process
 from bghost.host.readiness import Readiness
@@ -192,7 +192,7 @@ class Host:
             self._watch_guard(self._guard)
         self._readiness = Readiness(self.directories.notify_socket, self._poller, self._said_ready)
         # Before the clients: whoever asks is told of what was rung before.
-        self._poller.register(self._bell, self._rung, foremost=True)
+        self._poller.register(self._bell, self._rung, rank=FOREMOST)
         self._control = Control(
             self.directories.socket, self._poller, self.timers, Verbs(self).table(), len(self.table)
         )
@@ -283,7 +283,7 @@ class Host:
             signal.signal(signum, _noted)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         signal.set_wakeup_fd(self._signals[1], warn_on_full_buffer=False)
-        self._poller.register(self._signals[0], self._signaled, first=True)
+        self._poller.register(self._signals[0], self._signaled, rank=FIRST)
 
     def _signaled(self, events: int) -> None:
         numbers = set(os.read(self._signals[0], 1 << 16))

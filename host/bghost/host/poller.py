@@ -21,15 +21,17 @@ _ENDED: Final = select.EPOLLERR | select.EPOLLHUP
 EVENTS: Final = 256
 """Taken from the kernel in one turn; it hands out the rest in the next one, before those that come up again."""
 
+FOREMOST, FIRST, LAST = range(3)
+"""Ranks of what comes up in the same turn: the kernel's order does not tell what came up before what."""
+
 
 class _Watch:
-    __slots__ = ("call", "events", "first", "foremost", "polled")
+    __slots__ = ("call", "events", "polled", "rank")
 
-    def __init__(self, call: Callable[[int], None], first: bool, foremost: bool) -> None:
+    def __init__(self, call: Callable[[int], None], rank: int) -> None:
         self.call = call
-        self.foremost = foremost
         self.events = READ
-        self.first = first
+        self.rank = rank
         self.polled = False  # it is not in the epoll, or not as it should be
 
 
@@ -42,8 +44,7 @@ class Poller:
     def __init__(self) -> None:
         self._epoll = select.epoll(sizehint=-1)
         self._watches: dict[int, _Watch] = {}
-        self._first: dict[int, tuple[_Watch, int]] = {}
-        self._due: dict[int, tuple[_Watch, int]] = {}
+        self._due: Final[tuple[dict[int, tuple[_Watch, int]], ...]] = ({}, {}, {})  # by rank
         self._polled = 0
         self._told = False
 
@@ -54,14 +55,13 @@ class Poller:
     def __contains__(self, fd: int) -> bool:
         return fd in self._watches
 
-    def register(self, fd: int, call: Callable[[int], None], *, first: bool = False, foremost: bool = False) -> None:
+    def register(self, fd: int, call: Callable[[int], None], *, rank: int = LAST) -> None:
         """Have *call* called, with READ or WRITE or both, when *fd* can be read, or what is at its other end has gone.
 
-        :param first: before the others that come up in the same turn, however many they are.
-        :param foremost: before those. The kernel's order does not tell what came up before what.
+        :param rank: of those that come up in the same turn, it is called before all of a higher rank.
         """
         assert fd not in self._watches
-        watch = self._watches[fd] = _Watch(call, first or foremost, foremost)
+        watch = self._watches[fd] = _Watch(call, rank)
         try:
             self._epoll.register(fd, READ)
         except FileExistsError:
@@ -111,16 +111,16 @@ class Poller:
         """Sleep until something comes up, then call what is registered for it.
 
         What has not been called when its :data:`SHARE` is over is left to the next turn, where it comes before what
-        comes up later; those that were registered as first have as much for themselves.
+        comes up later; each rank has as much for itself.
 
         :param until: the latest end of the sleep, monotonic seconds; ``None``: no end.
         """
-        if self._first or self._due:
+        if any(self._due):
             until = 0.0
         ready = self._wait(None if until is None else max(0.0, until - time.monotonic()))
-        for fd, watch, events in sorted(ready, key=lambda each: not each[1].foremost):
-            (self._first if watch.first else self._due)[fd] = watch, events
-        for due in (self._first, self._due):
+        for fd, watch, events in ready:
+            self._due[watch.rank][fd] = watch, events
+        for due in self._due:
             until = time.monotonic() + SHARE
             while due:
                 fd = next(iter(due))
