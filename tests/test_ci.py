@@ -16,8 +16,8 @@ def test_a_process_that_was_left_behind_is_named(tmp_path: Path, known_by: str) 
     """A process that outlives its test run is named, and is a failure, however it is known; once it is gone, none."""
     folder = tmp_path / "scratch"
     folder.mkdir()
-    mark = {"BGHOST_CI_RUN_ID": "this-run"} if known_by == "environment" else {}
-    check = [sys.executable, str(LEFT_OVER), "this-run", str(folder), "0"]
+    mark = {"BGHOST_CI_RUN_ID": folder.parent.name} if known_by == "environment" else {}
+    check = [sys.executable, str(LEFT_OVER), folder.parent.name, str(folder), "0"]
     with (folder / "file").open("w") as file:
         process = subprocess.Popen(
             ["cat", "-u"],

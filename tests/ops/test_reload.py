@@ -461,15 +461,15 @@ def test_the_loop_does_not_wait_for_an_import(start: Any) -> None:
     os.mkfifo(gate)
     host.sandbox.kinds({"slow": f"open({str(gate)!r}).read()\n" + SLEEPER})
     write(host, "a", more="[[worker]]\nkind = 'slow'")
-    done: list[object] = []
+    done: dict[str, Any] = {}
 
-    def reload() -> None:
-        done.append(host.client.reload())
+    def reload(which: str) -> None:
+        done[which] = host.client.reload()
 
-    first = threading.Thread(target=reload)
+    first = threading.Thread(target=reload, args=["first"])
     first.start()
     with gate.open("w"):  # opens when the import does
-        second = threading.Thread(target=reload)
+        second = threading.Thread(target=reload, args=["second"])
         second.start()
         for _ in range(20):
             began = time.monotonic()
@@ -480,7 +480,7 @@ def test_the_loop_does_not_wait_for_an_import(start: Any) -> None:
         gate.write_text("")
     first.join(20 * SLOW)
     second.join(20 * SLOW)
-    assert [reloaded["config"] for reloaded in done] == [2, 3]  # type: ignore[index]
+    assert (done["first"]["config"], done["second"]["config"]) == (2, 3)
     host.client.wait("slow", timeout=10 * SLOW)
 
 

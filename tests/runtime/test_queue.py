@@ -202,10 +202,11 @@ def test_a_writer_killed_at_any_instant_leaves_whole_messages() -> None:
                 number += 1
         reader, number = Reader(ring, lambda: None), 0
         until(lambda reader=reader: reader.has_more)  # type: ignore[misc]
-        ends = time.monotonic() + chance.random() * 0.02
+        enough, looks = chance.randrange(30), chance.randrange(20)
         killed = False
         while not killed or reader.has_more:
-            if not killed and time.monotonic() > ends:
+            looks -= number >= enough
+            if not killed and looks < 0:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
                 killed = True
