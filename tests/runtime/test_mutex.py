@@ -269,7 +269,7 @@ def test_a_stopped_holder_is_named_to_whoever_waits(bghost_host: StartHost) -> N
     pid = host.row("holder")["pid"]
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
-    host.bghost("wake", "waiter")
+    assert host.bghost("wake", "waiter").code == 0
     began = time.monotonic()
     row = host.wait_row("waiter", lambda row: row["errors"])
     assert time.monotonic() - began < 2.0 * SLOW
@@ -291,7 +291,7 @@ def test_a_killed_holder_leaves_it_to_the_next_who_is_told(bghost_host: StartHos
         ),
     )
     host.wait_line("note: holds")
-    host.bghost("wake", "waiter")
+    assert host.bghost("wake", "waiter").code == 0
     host.wait_row("waiter", lambda row: row["wait"] == "lock")
     kill(host, "holder")
     host.wait_line("lock of the test is taken over: its holder has died with it")

@@ -316,7 +316,7 @@ except QueueDetached as error:
 """,
     )
     host.wait_row("receiver", lambda row: row["wait"] == "queue receive")
-    host.bghost("wake", "sender")
+    assert host.bghost("wake", "sender").code == 0
     (told,) = until(lambda: notes(host, "receiver"))
     (ended,) = notes(host, "sender")
     count, at, text = told.split(" ", 2)
@@ -369,7 +369,7 @@ for n in range(1000):
     host.wait_line("note: has it")
     kill(host, "receiver")
     host.wait_row("receiver", lambda row: row["state"] == "failed" or row["pid"] is None)
-    host.bghost("wake", "sender")
+    assert host.bghost("wake", "sender").code == 0
     until(lambda: notes(host, "sender") == ["refused"])
 
 
@@ -432,7 +432,7 @@ note('sent')
     host.wait_row("sender", lambda row: row["wait"] == "queue send")
     host.bghost("signal", "sender", "INT")
     host.wait_row("sender", lambda row: row["errors"] == 1)
-    host.bghost("wake", "receiver")
+    assert host.bghost("wake", "receiver").code == 0
     until(lambda: notes(host, "receiver") == ["b'whole'"], 15)
     host.wait_row("receiver", lambda row: row["wait"] == "queue receive")
     pid = host.row("receiver")["pid"]
@@ -462,7 +462,7 @@ note(rx.try_receive())
     host.wait_row("receiver", lambda row: row["wait"] == "queue receive")
     until(lambda: len(notes(host, "receiver")) == 2)
     host.wait_row("receiver", lambda row: row["wait"] == "queue receive")
-    host.bghost("wake", "sender")
+    assert host.bghost("wake", "sender").code == 0
     want = ["nothing to receive within 0.2 s", "None", "b'1'", "['timeout']", "b'2'"]
     until(lambda: notes(host, "receiver") == want)
 
@@ -480,7 +480,7 @@ except QueueDetached as error:
 """,
     )
     host.wait_row("receiver", lambda row: row["wait"] == "queue receive")
-    host.bghost("wake", "sender")
+    assert host.bghost("wake", "sender").code == 0
     until(lambda: notes(host, "receiver") == ["the queue's sender is gone"])
 
 
@@ -498,7 +498,7 @@ for q in (queue, bghost.SharedQueue(64)):
 """,
     )
     host.wait_line("note: attached")
-    host.bghost("wake", "second")
+    assert host.bghost("wake", "second").code == 0
     pid = host.row("first")["pid"]
     busy, own = until(lambda: notes(host, "second")[1:] and notes(host, "second"))
     assert busy == f"the queue has its receiver: worker first, pid {pid}"
