@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 from typing import Final
 
@@ -16,8 +17,9 @@ def test_a_process_that_was_left_behind_is_named(tmp_path: Path, known_by: str) 
     """A process that outlives its test run is named, and is a failure, however it is known; once it is gone, none."""
     folder = tmp_path / "scratch"
     folder.mkdir()
-    mark = {"BGHOST_CI_RUN_ID": folder.parent.name} if known_by == "environment" else {}
-    check = [sys.executable, str(LEFT_OVER), folder.parent.name, str(folder), "0"]
+    run = uuid.uuid4().hex
+    mark = {"BGHOST_CI_RUN_ID": run} if known_by == "environment" else {}
+    check = [sys.executable, str(LEFT_OVER), run, str(folder), "0"]
     with (folder / "file").open("w") as file:
         process = subprocess.Popen(
             ["cat", "-u"],

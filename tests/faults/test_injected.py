@@ -70,9 +70,10 @@ def life(host: Host, name: str) -> None:
     """A worker is launched, crashes, comes back, and is stopped; clients see all of it."""
     spec = WorkerSpec(kind="chaos", name=name, restart_after=0.05, restart_max=0.05)
     try_again(lambda: host.client.launch(spec))
-    row = settled(host, name)
-    os.kill(row, signal.SIGKILL)
-    until(lambda: try_again(lambda: host.client.ps(name))[0]["exit"] == "killed by SIGKILL")
+    pid = settled(host, name)
+    os.kill(pid, signal.SIGKILL)
+    # Not until that exit is told: a fork that fails may be the newer one by then.
+    until(lambda: try_again(lambda: host.client.ps(name))[0]["pid"] != pid)
     settled(host, name)
     try_again(lambda: host.client.stop(name))
 

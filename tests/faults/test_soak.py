@@ -49,10 +49,12 @@ class Pinger:
         self.times: list[float] = []
 
     def _run(self) -> None:
-        while not self._over.wait(0.02):
+        while True:
             begun = time.monotonic()
             self._host.client.ps()
             self.times.append(time.monotonic() - begun)
+            if self._over.wait(0.02):
+                return
 
     def __enter__(self) -> "Pinger":
         self._thread.start()
