@@ -252,27 +252,26 @@ import bghost
 
 class Kind:
     entry = None
+    signaled = False
 
     @bghost.hookimpl
     def bghost_tick(self, worker):
         pool = worker.pool(POOL)
-        entry = pool.get(Key(1))
-        if entry is None or entry.state != "ready" or not entry.snapshot().second:
-            if self.entry is not None:
-                try:
-                    self.entry.snapshot()
-                except bghost.EntryGone:
-                    worker.log.info("note: gone")
-                    raise SystemExit
+        if self.entry is not None:
+            try:
+                data = self.entry.snapshot()
+            except bghost.EntryGone:
+                worker.log.info("note: gone")
+                raise SystemExit
+            if data.second == 4 and not self.signaled:
+                worker.log.info("note: woken")
+                self.signaled = pool.signal(Key(1), 9)
             return 0.01
-        if self.entry is None:
+        entry = pool.get(Key(1))
+        if entry is not None and entry.state == "ready" and entry.snapshot().second:
             self.entry = entry
             worker.log.info("note: {} {}", entry.data.first, entry.snapshot().second)
             pool.wake(Key(1))
-            return 0.01
-        if entry.snapshot().second == 4:
-            worker.log.info("note: woken")
-            pool.signal(Key(1), 9)
         return 0.01
 """,
         },
