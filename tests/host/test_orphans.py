@@ -13,22 +13,35 @@ import pytest
 from chaos import CHAOS, table
 from support import BGHOST, SLOW, Host, Sandbox, StartHost, until
 
-FAMILY = """
+FORKED = """
 import setproctitle
-def forked(title, then=None, session=False):
-    if os.fork() == 0:
-        if session:
-            os.setsid()
+told, tell = os.pipe()
+def forked(title, then=None, leave=None):
+    pid = os.fork()
+    if pid == 0:
+        if leave:
+            leave()
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         setproctitle.setproctitle(title)
+        os.write(tell, b'.')
         if then:
             then()
         while True:
             time.sleep(1)
+    return pid
+def wait_for(count):
+    while count:
+        count -= len(os.read(told, count))
+"""
+"""Forks with a title, and the wait until so many have theirs."""
+
+FAMILY = (
+    FORKED
+    + """
 forked('kin: in the group')
-forked('kin: in a session', session=True)
+forked('kin: in a session', leave=os.setsid)
 # in the group, and what it has started is not: it comes to the host only when this one has ended, too
-forked('kin: parent', lambda: forked('kin: of a parent', lambda: forked('kin: of that', session=True), session=True))
+forked('kin: parent', lambda: forked('kin: of a parent', lambda: forked('kin: of that', leave=os.setsid), os.setsid))
 if os.fork() == 0:  # twice forked, as daemons do
     os.setsid()
     forked('kin: daemon')
@@ -36,21 +49,11 @@ if os.fork() == 0:  # twice forked, as daemons do
 os.wait()
 nap = 'import signal, sys, time; signal.pthread_sigmask(0, signal.valid_signals()); time.sleep(120)'
 kind.program = subprocess.Popen([sys.executable, '-c', nap, 'kin: program'], start_new_session=True)
-time.sleep(0.2)
+wait_for(6)
 note('has kin')
 """
+)
 KIN = 7
-
-
-def kin() -> list[str]:
-    found = []
-    for path in Path("/proc").iterdir():
-        if path.name.isdigit():
-            try:
-                found += re.findall(r"kin: [a-z ]+", (path / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-            except OSError:
-                pass
-    return found
 
 
 def start(bghost_host: StartHost, *tables: str, head: str = "") -> Host:
@@ -94,30 +97,24 @@ def test_all_descendants_end_with_their_worker(end: str, bghost_host: StartHost)
         assert zombies(host) == []
 
 
-HEADLESS = """
-import ctypes, setproctitle, threading
-def forked(title, then, session):
-    pid = os.fork()
-    if pid == 0:
-        os.setsid() if session else os.setpgid(0, 0)
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        setproctitle.setproctitle(title)
-        then()
-        while True:
-            time.sleep(1)
-    return pid
+HEADLESS = (
+    FORKED
+    + """
+import ctypes, threading
 def lose_main_thread(title):
     def then():
-        forked(title, lambda: None, session=True)
+        forked(title, leave=os.setsid)
         threading.Thread(target=time.sleep, args=(120,)).start()
         ctypes.CDLL(None).syscall(60, 0)  # exit: of this thread, not of the process
     return then
-near = forked('kin: near', lose_main_thread('kin: below'), session=False)
-apart = forked('kin: apart', lose_main_thread('kin: far below'), session=True)
+near = forked('kin: near', lose_main_thread('kin: below'), leave=os.setpgrp)
+apart = forked('kin: apart', lose_main_thread('kin: far below'), leave=os.setsid)
+wait_for(4)
 while any(open(f'/proc/{pid}/stat').read().rpartition(')')[2].split()[0] != 'Z' for pid in (near, apart)):
     time.sleep(0.02)
 note(f'has kin: {near} {apart}')
 """
+)
 """A process without its main thread stands for one on its way out: /proc shows no environment and no files of it."""
 
 
