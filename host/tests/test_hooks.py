@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 import pluggy
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support import Sandbox
 
@@ -1151,7 +1151,6 @@ def extension(hook: str, style: str, point: str, options: dict[str, bool]) -> ty
     return type("Extension", (), {hook: impl(**options)(function)})
 
 
-@settings(deadline=None)
 @given(
     extensions=st.lists(st.tuples(STYLES, POINTS, OPTIONS), max_size=6),
     hook=st.sampled_from(["setup", "tick", "recover", "reload", "cleanup", "main"]),
@@ -1207,7 +1206,6 @@ def _fails(style: str, point: str, fails: bool) -> bool:
     return point in ("before", "no yield") or point in (("over the error",) if fails else ("after", "second yield"))
 
 
-@settings(deadline=None)
 @given(
     extensions=st.lists(st.tuples(st.sampled_from(["wrapper", "hookwrapper"]), OPTIONS), max_size=6),
     fails=st.booleans(),

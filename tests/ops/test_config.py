@@ -624,7 +624,7 @@ class Toml:
         self.text += self.chance.choice(("", "\n", "# [d]\n"))
 
 
-@settings(deadline=None, max_examples=1000 if SOAK else 60)
+@settings(max_examples=1000 if SOAK else 60)
 @given(st.randoms(use_true_random=False))
 def test_lines_of_any_toml(chance: random.Random) -> None:
     """All that tomllib finds in a text has a line, nothing else has, and it is the line that its key is in."""

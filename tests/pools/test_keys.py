@@ -109,7 +109,7 @@ def seen(key: Key) -> tuple[Any, ...]:
     return key.small, key.text, key.wide, inner, [each.value for each in key.grid], list(key.f)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(values, values, st.binary(min_size=ctypes.sizeof(Key), max_size=ctypes.sizeof(Key)))
 def test_keys_are_equal_where_their_fields_are(value: tuple[Any, ...], other: tuple[Any, ...], noise: bytes) -> None:
     """Whatever was in their memory before; and different where a field differs."""

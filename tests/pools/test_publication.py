@@ -111,7 +111,7 @@ def test_any_mixture_of_publications_is_refused(cells: Cells) -> None:
     assert believed == 6
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(st.integers(1, 80), st.integers(1, 6), st.randoms(use_true_random=False))
 def test_random_mixtures_of_any_data(size: int, count: int, chance: random.Random) -> None:
     """The same for data of any size and content, word by word: nothing that was not published is ever read."""
@@ -150,7 +150,7 @@ def test_a_death_while_the_live_data_is_written(cells: Cells) -> None:
     assert cells.live()[:8] == (77).to_bytes(8, "little")
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.binary(min_size=1024, max_size=1024))
 def test_nothing_that_is_written_over_makes_reading_fail(noise: bytes) -> None:
     """Noise is no publication, and the next one is read."""

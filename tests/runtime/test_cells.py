@@ -35,7 +35,7 @@ def test_an_unwritten_cell_is_empty() -> None:
     assert Memory().cell.read() == ""
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=60), min_size=1, max_size=5))
 def test_what_is_written_is_read(texts: list[str]) -> None:
     """The last text is there, cut to the cell's room at the end of a character; nothing around the cell is touched."""
@@ -62,7 +62,7 @@ def test_a_text_of_no_encoding_is_written_all_the_same() -> None:
     assert memory.cell.read() == "a?b"
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.binary(min_size=SIZE, max_size=SIZE))
 def test_nothing_that_is_there_makes_reading_fail(data: bytes) -> None:
     """Bytes that nobody has written as a text are no text."""
@@ -74,7 +74,7 @@ def test_nothing_that_is_there_makes_reading_fail(data: bytes) -> None:
     assert memory.around == b"\xa5" * (2 * AROUND)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.text(max_size=60), st.text(max_size=60), st.integers(0, SIZE - 1), st.integers(1, 255))
 def test_a_changed_byte_is_no_text(old: str, new: str, place: int, change: int) -> None:
     """What was disturbed is not read as something else: as the text, as the one before it, or as none."""

@@ -8,7 +8,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support import BGHOST, SLOW, Process, Sandbox, StartHost, until
 
@@ -83,7 +83,6 @@ def test_nothing_in_a_record_makes_another() -> None:
     assert "\x1b" not in found[2][2]
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_one_line(text: str) -> None:
     """Whatever a text has in it, what is written of it has no end of a line, and nothing that a terminal obeys."""

@@ -30,7 +30,7 @@ def lengths(size: int) -> st.SearchStrategy[int]:
     return st.sampled_from([length for length in edges if length >= 0]) | st.integers(0, size)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(data=st.data(), size=st.sampled_from([64, 72, 100, 256, 1000, 4096]))
 def test_the_ring_is_a_queue_of_messages(data: st.DataObject, size: int) -> None:
     """However writes, withdrawals and the four ways to read follow each other: what is read is what was written."""

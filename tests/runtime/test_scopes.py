@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support import StartHost, notes
 
@@ -200,7 +200,6 @@ def test_the_tree_is_shown_with_the_lines_that_opened_it() -> None:
 STEPS = st.lists(st.tuples(st.sampled_from(["child", "enter", "callback", "fail", "close"]), st.integers(0, 5)))
 
 
-@settings(deadline=None)
 @given(STEPS)
 def test_whatever_is_done_to_a_tree(steps: list[tuple[str, int]]) -> None:
     """Each callback is called once, after those that came later in its scope or inside it; nothing stays open."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support import Host, StartHost
 
@@ -122,7 +122,6 @@ VALUES = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None)
 @given(VALUES)
 def test_every_way_to_say_a_value_says_the_same(values: dict[str, Any]) -> None:
     """Values from a file make the same settings as their JSON on a command line; what is not said is the default."""
@@ -142,7 +141,6 @@ JSON = st.recursive(
 KEYS = st.sampled_from([*Sample.__struct_fields__, "other", ""])
 
 
-@settings(deadline=None)
 @given(st.dictionaries(KEYS, JSON | st.text().map(Text) | JSON.map(json.dumps).map(Text), max_size=4))
 def test_anything_else_is_refused_in_one_line(table: dict[str, Any]) -> None:
     """Whatever a table holds, it makes settings, or an error that a person can act on."""

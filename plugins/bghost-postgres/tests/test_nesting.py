@@ -156,7 +156,6 @@ def database(database_uri: str, worker: Worker) -> Iterator[tuple[Database, Work
 
 @settings(
     max_examples=60,
-    deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
