@@ -115,7 +115,8 @@ class Kind:
     @bghost.hookimpl
     def bghost_tick(self, worker):
         if worker.woken:
-            worker.log.info("note: wakes, {}, {}", self.handle.wake(), self.handle.state)
+            state = self.handle.state  # before the wake-up, upon which the test goes on to the next thing
+            worker.log.info("note: wakes, {}, {}", self.handle.wake(), state)
         return bghost.UNTIL_WOKEN
 """
 
