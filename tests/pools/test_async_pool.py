@@ -154,6 +154,7 @@ def test_an_async_worker_takes_a_lock_over(bghost_host: StartHost) -> None:
     host = start(
         bghost_host,
         wanted="(1,)",
+        options="'retry_after': 600",  # its successor would want the lock as well
         entry="""
     def work(self, worker, n):
         with worker.pool(POOL).lock():

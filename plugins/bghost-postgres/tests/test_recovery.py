@@ -106,7 +106,7 @@ class Kind:
 
     @bghost.hookimpl
     def bghost_setup(self, worker):
-        self.db = bghost_postgres.connect(worker)
+        self.db = bghost_postgres.connect(worker, on_connect=lambda connection: worker.log.info("connected"))
         self.db.listen("Jobs")
 
     @bghost.hookimpl
@@ -127,9 +127,10 @@ def test_a_notification_wakes_the_worker(sandbox: Sandbox, database_uri: str, ot
     backend = host.wait_row("probe", lambda row: row["ticks"] == 1)["backend_pid"]
     other.execute("""notify "Jobs", 'one'""")
     host.wait_line(r"got Jobs one, woken by \['notify'\]")
-    host.wait_line(r"got Jobs own, woken by \['notify'\]")  # its own, there before its next wait
+    line = host.wait_line(r"got Jobs own, woken by \['notify'\]")  # its own, there before its next wait
     other.execute("select pg_terminate_backend(%s, 5000)", [backend])
-    host.wait_row("probe", lambda row: row["backend_pid"] not in (None, backend))
+    host.wait_line("connected", after=line)  # and listens anew, which its pid in ps does not say yet
+    assert host.row("probe")["backend_pid"] not in (None, backend)
     other.execute("""notify "Jobs", 'two'""")
     host.wait_line(r"got Jobs two, woken by \['notify'\]")
     assert host.row("probe")["errors"] == 0
