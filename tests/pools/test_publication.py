@@ -1,12 +1,18 @@
 """The publication of an entry's data at the level of single stores, seen in any order."""
 
 import itertools
+import mmap
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import until
 
 from bghost.shared.publication import Publications, salt
 
@@ -148,6 +154,43 @@ def test_a_death_while_the_live_data_is_written(cells: Cells) -> None:
     cells.data.cast("Q")[live[0]] = 77
     cells.heal()
     assert cells.live()[:8] == (77).to_bytes(8, "little")
+
+
+PUBLISHER: Final = """
+import mmap, sys
+from bghost.shared.publication import Publications
+with open(sys.argv[1], "r+b") as file:
+    write = Publications(memoryview(mmap.mmap(file.fileno(), 4096)), 64).write
+write(0, 1, b"a" * 64)
+print("ready", flush=True)
+while True:
+    write(0, 1, b"b" * 64)
+    write(0, 1, b"a" * 64)
+"""
+
+
+def test_a_word_that_is_read_amid_a_publication(tmp_path: Path) -> None:
+    """A single word of the live data is one that was written, whenever another process looks at it."""
+    (tmp_path / "memory").write_bytes(bytes(4096))
+    with (
+        (tmp_path / "memory").open("r+b") as file,
+        mmap.mmap(file.fileno(), 4096, prot=mmap.PROT_READ) as mapping,
+        subprocess.Popen([sys.executable, "-c", PUBLISHER, file.name], stdout=subprocess.PIPE) as publisher,
+    ):
+        try:
+            assert publisher.stdout
+            assert publisher.stdout.readline() == b"ready\n"
+            with memoryview(mapping) as data, data.cast("Q") as words:
+                live, seen = Publications(data, 64).live_at(0) // 8, set[int]()
+
+                def look() -> bool:
+                    seen.update(words[word] for _ in range(50_000) for word in range(live, live + 8))
+                    return len(seen) > 1
+
+                until(look, what="a word to change")
+        finally:
+            publisher.kill()
+    assert {word.to_bytes(8, "little") for word in seen} == {b"a" * 8, b"b" * 8}
 
 
 @settings(max_examples=30)

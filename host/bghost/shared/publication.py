@@ -40,7 +40,7 @@ class Publications:
     :param size: bytes of data.
     """
 
-    __slots__ = ("_halves", "_live", "_pack", "_pack_live", "_unpack", "data", "size", "stride", "words")
+    __slots__ = ("_halves", "_live", "_pack", "_unpack", "data", "size", "stride", "words")
 
     def __init__(self, data: memoryview, size: int) -> None:
         self.data = data
@@ -52,7 +52,6 @@ class Publications:
         self._pack = layout.pack_into
         self._unpack = layout.unpack_from
         self._live = self.stride - _aligned(size)
-        self._pack_live = struct.Struct(f"{size}s").pack_into
 
     def live_at(self, place: int) -> int:
         """Where in the mapping the live data of a place is."""
@@ -60,11 +59,12 @@ class Publications:
 
     def write(self, place: int, salt: int, data: bytes) -> None:
         """Publish *data*, and make it the live data. The place's owner alone."""
-        words, memory, word = self.words, self.data, place >> 3
+        words, memory, word, live = self.words, self.data, place >> 3, place + self._live
         sequence = words[word] + 1 & _WORD
         self._pack(memory, place + self._halves[sequence & 1], sequence, crc32(data, sequence ^ salt), data)
         words[word] = sequence
-        self._pack_live(memory, place + self._live, data)
+        # Not by pack_into(), which is quicker, but fills with zeros first: others read single words of it meanwhile.
+        memory[live : live + self.size] = data
         words[word + _LIVE] = sequence
 
     def read(self, place: int, salt: int) -> bytes | None:
