@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support import SLOW
 
 from bghost.shared.client import Client
 from bghost.shared.errors import BghostError, ConfigError, HostError, NoHost, NotFound, TimedOut, UsageError
@@ -311,12 +312,13 @@ def test_nothing_is_asked_of_a_host_that_is_silent(client: Client, listen: Liste
 
 def test_a_wait_ends_at_the_callers_time(client: Client, listen: Listen) -> None:
     listener = listen(well(lambda message: None))
+    timeout = 0.5 * SLOW  # in which the listener has to say that it is well
     with pytest.raises(TimedOut) as raised:
-        client.wait("counter", until="stopped", timeout=0.3)
-    assert str(raised.value) == "not over within 0.3 s: wait counter"
+        client.wait("counter", until="stopped", timeout=timeout)
+    assert str(raised.value) == f"not over within {timeout:g} s: wait counter"
     with pytest.raises(TimedOut) as raised:
-        client.stop("counter", timeout=0.1)
-    assert str(raised.value) == "not over within 0.1 s: stop counter (the host goes on with it)"
+        client.stop("counter", timeout=timeout)
+    assert str(raised.value) == f"not over within {timeout:g} s: stop counter (the host goes on with it)"
     assert listener.requests[1] == {"verb": "wait", "args": {"names": ["counter"], "for": "stopped"}}
 
 

@@ -89,6 +89,7 @@ def test_a_stop_while_it_starts(bghost_host: StartHost) -> None:
                 time.sleep(0.01)
             pid = self.pool.get(Key(1)).pid
             self.note("state: {}", self.pool.get(Key(1)).state)
+            open("seen", "w").close()
             self.note("stopped: {} {}", self.pool.stop(Key(1), 10), os.path.exists(f"/proc/{pid}"))
         return bghost.UNTIL_WOKEN
 """,
@@ -96,6 +97,8 @@ def test_a_stop_while_it_starts(bghost_host: StartHost) -> None:
     @bghost.hookimpl
     def bghost_setup(self, worker):
         open("starting", "w").close()
+        while not os.path.exists("seen"):
+            time.sleep(0.01)
         time.sleep(0.3)
         self.mine = POOL.entry(worker)
         self.rounds = 0

@@ -118,9 +118,13 @@ def test_dump_shows_stacks_and_scopes(bghost_host: StartHost) -> None:
     """
     host = bghost_host(kinds={"dumped": source}, args=["run", "dumped"])
     host.wait_row("dumped", lambda row: row["doing"] == "waiting")
-    result = host.bghost("dump", "dumped")
-    assert result.code == 0, result.stderr
-    lines = [line.strip() for line in result.stdout.splitlines()]
+
+    def dump() -> str:
+        result = host.bghost("dump", "dumped")
+        assert result.code == 0, result.stderr
+        return result.stdout if "Scopes:" in result.stdout else ""  # where there is no processor, stacks come alone
+
+    lines = [line.strip() for line in until(dump, what="stacks with scopes").splitlines()]
     assert lines[0] == "dumped:"
     stack = lines[1 : lines.index("Scopes:")]
     assert any("in bghost_tick" in line for line in stack)
@@ -130,6 +134,30 @@ def test_dump_shows_stacks_and_scopes(bghost_host: StartHost) -> None:
     assert "1 held, opened at" in scopes[3]
     assert "a draft, begun at line 1 (<Draft>)" in scopes
     assert host.bghost("dump", "dumped", "--json").json().keys() == {"dumped"}
+
+
+def test_a_dump_waits_for_a_worker_that_can_run(bghost_host: StartHost) -> None:
+    """A stack is not given up while its worker could run: it may have to share the processor with many."""
+    source = """
+    import signal, time, bghost
+    class Kind:
+        @bghost.hookimpl
+        def bghost_tick(self, worker):
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+            worker.log.info("note: runs")
+            while signal.SIGUSR2 not in signal.sigpending():
+                pass
+            until = time.monotonic() + 0.6
+            while time.monotonic() < until:
+                pass
+            self.go_on(worker)
+        def go_on(self, worker):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
+            worker.wait(600)
+    """
+    host = bghost_host(kinds={"busy": source}, args=["run", "busy"])
+    host.wait_line("note: runs")
+    assert "in go_on" in host.bghost("dump", "busy").stdout
 
 
 def test_sigusr2_dumps_to_the_log(bghost_host: StartHost) -> None:

@@ -30,6 +30,9 @@ MODE_TIMES: Final = {StopMode.FAST: 5.0, StopMode.IMMEDIATE: 1.0}
 DUMP_TIME: Final = 0.25
 """Seconds in which a worker that gets to a safe point has added its scopes to its stacks."""
 
+DUMP_LIMIT: Final = 5.0
+"""Seconds that one which could run, and gets no processor, has for its stacks."""
+
 
 class Entry(Protocol):
     """What a pool keeps of one of its workers."""
@@ -85,6 +88,7 @@ class Registration:
         self.dump = ""  # the last one
         self._dumps = 0  # that were taken up
         self._dump_timer: Timer | None = None
+        self._dump_limit = 0.0  # monotonic seconds
         self.log = logger.bind(worker=self.name)
         self._shown = Shown(self)
         words = slot.control
@@ -191,7 +195,7 @@ class Registration:
             self._acknowledged = self.slot.stats[t.CONFIG_ACK]
             self.host.changed = True
         if self.slot.stats[t.DUMPS] != self._dumps and self._dump_timer is None:
-            self._dump_timer = self.host.timers.at(time.monotonic() + DUMP_TIME, self._take_dump)
+            self._take_dump_later()
         self._look_ready()
 
     def _look_ready(self) -> None:
@@ -234,14 +238,22 @@ class Registration:
         elif self.process is not None and self._dump_timer is None:
             self.dump = ""
             self.process.signal(signal.SIGUSR2)
-            self._dump_timer = self.host.timers.at(time.monotonic() + DUMP_TIME, self._take_dump)
+            self._dump_limit = time.monotonic() + DUMP_LIMIT
+            self._take_dump_later()
+
+    def _take_dump_later(self) -> None:
+        self._dump_timer = self.host.timers.at(time.monotonic() + DUMP_TIME, self._take_dump)
 
     def _take_dump(self) -> None:
         self._dump_timer = None
         if self.process is None:
             return
         self._dumps = self.slot.stats[t.DUMPS]
-        self.dump = dumps.take(self.process.pid, self.slot) or "no stack could be had"
+        dump = dumps.take(self.process.pid, self.slot)
+        if not dump and self.process.state() == "R" and time.monotonic() < self._dump_limit:
+            self._take_dump_later()  # it could run, and has had no processor for it
+            return
+        self.dump = dump or "no stack could be had"
         self.log.bind(lines=self.dump.splitlines()).info("dump:")
         self.host.changed = True
         if self.stuck:
