@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+from support import until
 
 LEFT_OVER: Final = Path(__file__).resolve().parent.parent / ".ci" / "left_over.py"
 
@@ -29,6 +30,8 @@ def test_a_process_that_was_left_behind_is_named(tmp_path: Path, known_by: str) 
             env={**os.environ, **mark},
         )
     try:
+        # Popen returns an instant before the new command line can be read.
+        until(lambda: Path(f"/proc/{process.pid}/cmdline").read_bytes() == b"cat\0-u\0")
         found = subprocess.run(check, capture_output=True, text=True)
         assert (found.returncode, found.stderr) == (1, f"left behind: process {process.pid}: cat -u\n")
     finally:

@@ -73,10 +73,12 @@ def until(condition: Callable[[], T], timeout: float = 10.0, what: str = "") -> 
     :raises AssertionError: if there is none in that time.
     """
     deadline = time.monotonic() + timeout * SLOW
+    late = False
     while not (value := condition()):
-        if time.monotonic() > deadline:
+        if late:
             raise AssertionError(f"not within {timeout * SLOW:g} s: {what or condition}; at last {value!r}")
         time.sleep(0.02)
+        late = time.monotonic() > deadline  # it is looked at once more then: this process may have been held up
     return value
 
 

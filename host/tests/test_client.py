@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import SLOW
+from support import SLOW, until
 
 from bghost.shared.client import Client
 from bghost.shared.errors import BghostError, ConfigError, HostError, NoHost, NotFound, TimedOut, UsageError
@@ -92,7 +92,7 @@ class Listener:
 def client() -> Iterator[Client]:
     """A client, and directories, of an instance that has no host yet."""
     with tempfile.TemporaryDirectory(prefix="bghost-") as path:
-        client = Client("test", 0.5, environ={"BGHOST_RUNTIME_DIR": path})
+        client = Client("test", 10.0 * SLOW, environ={"BGHOST_RUNTIME_DIR": path})
         prepare(client.directories)
         yield client
 
@@ -161,11 +161,12 @@ def test_a_socket_that_a_dead_host_left_is_no_host(client: Client) -> None:
 
 
 def test_a_host_that_does_not_answer_times_out_and_is_named(client: Client, listen: Listen) -> None:
+    client.timeout = 0.5
     listen(lambda message: None)
     began = time.monotonic()
     with pytest.raises(TimedOut, match=rf"the host of instance 'test' does not answer: pid {os.getpid()}, silent for"):
         client.ps()
-    assert 0.5 <= time.monotonic() - began < 1.5
+    assert time.monotonic() - began >= 0.5
 
 
 def full(path: str) -> list[socket.socket]:
@@ -187,12 +188,13 @@ def full(path: str) -> list[socket.socket]:
 def test_a_full_backlog_is_tried_again_until_the_deadline(client: Client) -> None:
     """The pid comes from the host's note in the lock file then."""
     Path(client.directories.lock).write_text('{"pid": 12345678, "since": 1.0, "run_id": "x"}')
+    client.timeout = 0.5
     sockets = full(client.directories.socket)
     try:
         began = time.monotonic()
-        with pytest.raises(TimedOut, match="pid 12345678, silent for 0.5 s"):
+        with pytest.raises(TimedOut, match=r"pid 12345678, silent for 0\.\d s"):
             client.ps()
-        assert 0.4 <= time.monotonic() - began < 1.5
+        assert time.monotonic() - began >= 0.4
         with pytest.raises(TimedOut):
             client.shutdown()
     finally:
@@ -275,7 +277,7 @@ def test_a_request_that_is_too_long_is_not_sent(client: Client, listen: Listen) 
 
 def test_a_long_wait_is_fine_while_the_host_is_well(client: Client, listen: Listen) -> None:
     """A verb that waits may take longer than an answer may: the host is asked now and then whether it is well."""
-    client.timeout = 0.2
+    client.timeout = 0.5 * SLOW  # in which it has to say so each time
     done = threading.Event()
 
     def answer(message: Message) -> bytes | None:
@@ -289,7 +291,9 @@ def test_a_long_wait_is_fine_while_the_host_is_well(client: Client, listen: List
     listener = listen(answer)
     assert client.stop("counter", mode="fast") == {"stopped": ["counter"], "killed": []}
     verbs = [message["verb"] for message in listener.requests]
-    assert verbs[:3] == ["status", "stop", "status"]
+    assert verbs[0] == "status"
+    assert verbs.count("status") > 2
+    assert verbs.count("stop") == 1
     assert {"verb": "stop", "args": {"names": ["counter"], "mode": "fast"}} in listener.requests
 
 
@@ -299,14 +303,24 @@ def test_a_wait_ends_when_the_host_falls_silent(client: Client, listen: Listen) 
     began = time.monotonic()
     with pytest.raises(TimedOut, match="does not answer"):
         client.wait("counter")
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < 10.0
+
+
+def test_a_host_is_not_blamed_for_the_callers_time(client: Client, listen: Listen) -> None:
+    """What it has not answered when the caller's time is over says nothing, if that was less than its own time."""
+    client.timeout = 0.5 * SLOW
+    listener = listen(lambda message: ok({}) if len(listener.requests) == 1 else None)
+    with pytest.raises(TimedOut, match="not over within"):
+        client.wait("counter", timeout=client.timeout + 0.2)
 
 
 def test_nothing_is_asked_of_a_host_that_is_silent(client: Client, listen: Listen) -> None:
     """It would do it when it comes to itself, after its user was told that it failed."""
+    client.timeout = 0.5
     listener = listen(lambda message: None)
     with pytest.raises(TimedOut):
         client.stop("counter")
+    until(lambda: listener.requests, what="the listener's thread has read it")
     assert [message["verb"] for message in listener.requests] == ["status"]
 
 
@@ -319,7 +333,8 @@ def test_a_wait_ends_at_the_callers_time(client: Client, listen: Listen) -> None
     with pytest.raises(TimedOut) as raised:
         client.stop("counter", timeout=timeout)
     assert str(raised.value) == f"not over within {timeout:g} s: stop counter (the host goes on with it)"
-    assert listener.requests[1] == {"verb": "wait", "args": {"names": ["counter"], "for": "stopped"}}
+    asked = {"verb": "wait", "args": {"names": ["counter"], "for": "stopped"}}
+    until(lambda: asked in listener.requests, what="the listener's thread has read it")
 
 
 def test_a_reload_that_is_refused_is_the_hosts_error(client: Client, listen: Listen) -> None:

@@ -318,7 +318,7 @@ def test_stop_of_several(bghost_host: StartHost) -> None:
 
 def test_a_worker_that_had_to_be_killed_is_exit_code_1(host: Host) -> None:
     host.client.launch(WorkerSpec(kind="deaf"), wait=True)
-    host.wait_line("deaf")
+    host.wait_line("deaf$")
     says(host.bghost("stop", "deaf", "--now"), 1, "stopped, but had to be killed: deaf")
     assert "SIGKILL" in str(host.row("deaf")["exit"])
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Final
 
 CHAOS: Final = '''
@@ -42,7 +43,13 @@ class Kind:
 """``setup``, ``tick`` and ``cleanup`` of the args are statements that the hooks of those names execute."""
 
 DEAF: Final = "note('is up'); deaf_sleep(120)"
-"""A tick in C with the GIL held."""
+"""A tick in C with the GIL held; :func:`is_deaf` tells when it has come so far."""
+
+
+def is_deaf(pid: int | None) -> bool:
+    """Whether a worker that has said that it is up is in C by now: it sleeps, which it does nowhere before."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+
 
 BLOCKED: Final = """
 signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())

@@ -105,6 +105,12 @@ def try_again(ask: Callable[[], T]) -> T:
     raise last
 
 
+def guard_of(pid: int) -> int:
+    """The pid of the guard of the host *pid*, once that is called so; else 0."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return next((int(child) for child in children if b"guard" in Path(f"/proc/{child}/cmdline").read_bytes()), 0)
+
+
 def start(bghost_host: StartHost, *tables: str) -> Host:
     host = bghost_host(kinds={"chaos": CHAOS}, args=["run"], config="[host]\nkinds = ['chaos']\n" + "".join(tables))
     host.client.ps()
@@ -171,16 +177,11 @@ def test_no_process_for_a_while(bghost_host: StartHost, tmp_path: Path) -> None:
     host.client.wait("bystander")
     before = usage(host)
     with injected(host.pid, "clone,clone3,fork,vfork:error=EAGAIN", tmp_path / "strace") as injection:
-        spec = WorkerSpec(kind="chaos", name="one", restart_after=0.2, restart_max=0.2)
+        spec = WorkerSpec(kind="chaos", name="one", restart_after=1.0, restart_max=1.0)
         with pytest.raises(BghostError, match="did not become ready") as refused:
             host.client.launch(spec, wait=True)
         assert "Resource temporarily unavailable; the limits are RLIMIT_NPROC" in str(refused.value.detail)
-        (guard,) = (
-            int(pid)
-            for pid in Path(f"/proc/{host.pid}/task/{host.pid}/children").read_text().split()
-            if b"guard" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        )
-        os.kill(guard, signal.SIGKILL)
+        os.kill(until(lambda: guard_of(host.pid)), signal.SIGKILL)
         host.wait_line("the guard has died, and there can be no new one: .*RLIMIT_NPROC")
         until(lambda: injection.fired >= 4)
         assert host.row("bystander")["starts"] == 1
@@ -244,12 +245,7 @@ note('stops {}', handle.stop())
     host.wait_line("note: stops")
     assert notes(host, "boss") == ["ready True", "kills True", "again True", "stops True"]
     pid = pid_of(host)
-    (guard,) = (
-        int(child)
-        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        if b"guard" in Path(f"/proc/{child}/cmdline").read_bytes()
-    )
-    os.kill(guard, signal.SIGKILL)
+    os.kill(until(lambda: guard_of(pid)), signal.SIGKILL)
     host.wait_line("the guard has died; there is a new one")
     oracle(host, before)
     assert host.text().count("there are no pidfds here (Operation not permitted), SIGCHLD has to do") == 1
@@ -321,10 +317,12 @@ def test_a_log_that_cannot_be_written_stops_nobody(bghost_host: StartHost, tmp_p
 def test_files_that_cannot_be_renamed_or_removed_stop_nobody(bghost_host: StartHost, tmp_path: Path) -> None:
     """The log goes on where it went, the host ends as ever, and the next one takes away what was left."""
     log = tmp_path / "bghost.log"
-    config = f"[host.log]\nfile = '{log}'\nrotate_size = 1024\n" + table("talks", tick="note('x' * 2000)")
+    config = f"[host.log]\nfile = '{log}'\nrotate_size = 1024\n"
+    config += table("talks", tick="worker.wait(60)\nnote('x' * 2000)")
     host = bghost_host(kinds={"chaos": CHAOS}, args=["run"], config=config)
     host.client.wait("talks")
     with injected(host.pid, "rename,renameat,unlink,unlinkat:error=EACCES", tmp_path / "strace"):
+        host.client.request("wake", names=["talks"])  # not before: it would be rotated
         until(lambda: "cannot be rotated: Permission denied" in log.read_text())
         assert host.client.shutdown() == {"killed": []}
         assert host.wait() == 0

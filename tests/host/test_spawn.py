@@ -27,7 +27,7 @@ def test_a_worker_however_it_is_started(start: str, bghost_host: StartHost) -> N
     host.wait_line(r"INFO +\[one\] printed")
     host.wait_line("note: asked True")
     host.wait_row("one", lambda row: row["doing"] == "idle")
-    assert "in sleep" in host.client.request("dump", names=["one"])["one"]
+    until(lambda: "in sleep" in host.client.request("dump", names=["one"])["one"])  # idle an instant before it sleeps
     os.kill(pid, signal.SIGKILL)
     again = host.wait_row("one", lambda row: row["starts"] == 2 and row["state"] == "ready")
     assert again["pid"] != pid

@@ -84,12 +84,17 @@ def test_a_set_up_that_does_not_let_itself_be_stopped(bghost_host: StartHost) ->
 
 DAEMON = """
 import os, signal, time
+told, tell = os.pipe()
 if os.fork() == 0:
     os.setsid()
     signal.alarm(30)
     open(os.environ["DAEMON"], "a").write(f"{os.getpid()}\\n")
+    os.write(tell, b".")
     time.sleep(60)
     os._exit(0)
+os.read(told, 1)  # whoever comes up knows all daemons
+os.close(told)
+os.close(tell)
 """
 
 

@@ -3,17 +3,19 @@
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
-from chaos import BLOCKED, CHAOS, DEAF, SWALLOW, table
+from chaos import BLOCKED, CHAOS, DEAF, SWALLOW, is_deaf, table
 from support import SLOW, Host, Sandbox, StartHost, notes, until
 
 from bghost.shared.errors import BghostError
+from bghost.shared.frames import Decoder, encode
 
 TERM, INT, QUIT, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP
 
@@ -47,8 +49,9 @@ def test_three_modes(by: str, sandbox: Sandbox) -> None:
     sandbox.config(table("one", tick=TICK, cleanup="note('cleanup {}', reason)"))
     modes = {"smart": TERM, "fast": INT, "immediate": QUIT}
     hosts = {mode: sandbox.start_host("run", env={"BGHOST_INSTANCE": mode}) for mode in modes}
-    for mode, host in hosts.items():
+    for host in hosts.values():
         host.wait_line("note: ticks")
+    for mode, host in hosts.items():
         if by == "signal":
             host.signal(modes[mode])
         else:
@@ -136,6 +139,7 @@ def test_deadlines_are_kept_whatever_the_workers_do(sandbox: Sandbox) -> None:
         for name in ZOO:
             host.wait_line(rf"\[{name}\] note: is up", 30)
         host.wait_line("program is up")
+        until(lambda host=host: is_deaf(host.row("deaf")["pid"]))  # type: ignore[misc]
     stoppers = [threading.Thread(target=stop, args=[mode]) for mode in ways]
     for stopper in stoppers:
         stopper.start()
@@ -200,7 +204,8 @@ def test_a_stop_of_one_worker_kills_only_that_one(bghost_host: StartHost) -> Non
     assert rows == {"deaf": ("stopped", "killed by SIGKILL"), "obeys": ("stopped", "exit code 2, bypassing bghost")}
     assert pid is not None
     assert host.client.request("restart", names=["deaf"], timeout=5.0)[0]["state"] in ("ready", "starting")
-    host.wait_line(r"\[deaf\] note: is up", after=up)  # before that it obeys
+    host.wait_line(r"\[deaf\] note: is up", after=up)
+    until(lambda: is_deaf(host.row("deaf")["pid"]))  # before that it obeys
     assert host.client.shutdown("immediate") == {"killed": ["deaf"]}
     assert host.wait() == 1
 
@@ -266,10 +271,23 @@ def starts_after_stop(host: Host) -> list[str]:
     return re.findall(r"\[(\S+)\] started, pid", text[text.index("stopping, ") :])
 
 
-def asked(host: Host) -> bool:
-    """Whether somebody has a connection to the host's socket."""
-    lines = Path("/proc/net/unix").read_text().splitlines()
-    return any(" 03 " in line and line.endswith(host.directories.socket) for line in lines)
+def wait_for_all(host: Host, name: str) -> socket.socket:
+    """A connection over which the host, when this returns, has been asked to tell when all are stopped."""
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(host.directories.socket)
+    connection.sendall(encode({"verb": "wait", "args": {"names": [name], "for": "stopped"}}))
+    host.client.ps()  # who comes later is answered later
+    return connection
+
+
+def answer(connection: socket.socket) -> Any:
+    decoder = Decoder()
+    with connection:
+        while (message := decoder.next()) is None:
+            data = connection.recv(1 << 16)
+            assert data
+            decoder.feed(data)
+    return message["result"]
 
 
 def test_no_worker_is_born_once_a_stop_has_begun(sandbox: Sandbox) -> None:
@@ -289,11 +307,6 @@ def test_no_worker_is_born_once_a_stop_has_begun(sandbox: Sandbox) -> None:
         path = sandbox.root / f"{name}.toml"
         path.write_text(sandbox.config_file.read_text())
         hosts[name] = sandbox.start_host("run", env={"BGHOST_INSTANCE": name, "BGHOST_CONFIG": str(path)})
-    told: list[str] = []
-
-    def wait_for_all(host: Host) -> None:
-        told.extend(row["state"] for row in host.client.wait("many", until="stopped"))
-
     for name, host in hosts.items():
         host.wait_line(r"\[second\] note: up" if name == "backoff" else "note: up", 20)
         if name == "backoff":
@@ -301,16 +314,12 @@ def test_no_worker_is_born_once_a_stop_has_begun(sandbox: Sandbox) -> None:
             host.client.request("wake", names=["first"])
             host.wait_line(r"\[first\] exit code 3.*started again")
         if name == "held":
-            waiter = threading.Thread(target=wait_for_all, args=[host])
-            waiter.start()
-            until(lambda host=host: "many.100" in [row["name"] for row in host.client.ps()])  # type: ignore[misc]
-            until(lambda host=host: asked(host))  # type: ignore[misc]
+            waiter = wait_for_all(host, "many")
         host.signal(INT)
     for name, host in hosts.items():
         assert host.wait(30) == 0, name
         assert starts_after_stop(host) == [], name
-    waiter.join(5 * SLOW)
-    assert told == ["stopped"] * 100  # who waits for one that never starts is told
+    assert [row["state"] for row in answer(waiter)] == ["stopped"] * 100  # who waits for one that never starts is told
     assert len(re.findall(r"\[many\.\d+\] started", hosts["held"].text())) == 0
 
 

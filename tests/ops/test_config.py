@@ -230,7 +230,7 @@ def test_files_that_are_none(tmp_path: Path, sort: str) -> None:
     make()
     began = time.monotonic()
     error = complaint("config", "check", str(file))
-    assert time.monotonic() - began < 1.0 * SLOW
+    assert time.monotonic() - began < 10.0 * SLOW  # a FIFO that blocked would hang
     assert str(error) == expected.replace("{}", str(file))
 
 

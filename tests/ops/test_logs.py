@@ -139,7 +139,7 @@ def test_a_reader_that_does_not_read(sandbox: Sandbox) -> None:
             client.restart("says")
         began = time.monotonic()
         assert {row["state"] for row in client.ps()} == {"ready"}
-        assert time.monotonic() - began < 1 * SLOW
+        assert time.monotonic() - began < 5 * SLOW
         assert client.status()["log_lost"] > 0
         client.shutdown()
         assert host.wait(10 * SLOW) == 0
@@ -262,6 +262,8 @@ def test_it_is_rotated_by_size(bghost_host: StartHost, log: Path) -> None:
     text = config(log, "rotate_size = '16KiB'", "keep = 100", worker="[[worker]]\nkind = 'many'\ncount = 2\n")
     host = bghost_host(kinds={"many": kind}, args=["run"], config=text)
     until(lambda: os.path.exists(f"{log}.3"), 20)
+    for name in ("many.1", "many.2"):
+        host.wait_row(name, lambda row: row["ticks"] > 100)
     assert host.client.shutdown()["killed"] == []
     names = [log, *(Path(f"{log}.{number}") for number in range(1, 100))]
     lines = [line for name in names if name.exists() for line in name.read_text().splitlines()]
@@ -313,7 +315,7 @@ def test_json_lines(bghost_host: StartHost, log: Path) -> None:
         assert {"time", "level", "worker", "message"} <= record.keys() <= {
             "time", "level", "worker", "message", "error", "traceback", "lines",
         }  # fmt: skip
-    assert [each["message"] for each in records if each["message"].startswith("printed")] == ["printed \x1b[2J"]
+    assert {each["message"] for each in records if each["message"].startswith("printed")} == {"printed \x1b[2J"}
     (error,) = [each for each in records if "error" in each][:1]
     assert (error["error"], error["worker"]) == ("ValueError", "fails")
     assert max(map(len, data.splitlines())) < 1 << 16
@@ -359,7 +361,7 @@ def test_a_worker_that_floods(bghost_host: StartHost, log: Path) -> None:
     for _ in range(5):
         began = time.monotonic()
         host.client.ps()
-        assert time.monotonic() - began < 2 * SLOW
+        assert time.monotonic() - began < 5 * SLOW
     assert host.client.stop("flood")["stopped"] == ["flood"]
 
 

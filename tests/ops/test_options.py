@@ -7,7 +7,7 @@ from typing import Final
 
 import click
 import pytest
-from support import BGHOST, Process, Result, Sandbox, StartHost
+from support import BGHOST, Process, Result, Sandbox, StartHost, until
 
 from bghost import BghostError
 from bghost.commands import group
@@ -160,7 +160,7 @@ def test_completion(bghost_host: StartHost) -> None:
     host.client.wait("says")
     assert complete(host.sandbox, "bghost sta") == ["status"]
     assert "--json" in complete(host.sandbox, "bghost why --")
-    assert complete(host.sandbox, "bghost stop s") == ["says.1", "says.2"]
+    until(lambda: complete(host.sandbox, "bghost stop s") == ["says.1", "says.2"])  # the host has a second to answer
     host.client.shutdown()
     assert complete(host.sandbox, "bghost stop s") == []
     assert complete(host.sandbox, "bghost nonsense x") == []

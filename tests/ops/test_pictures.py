@@ -96,7 +96,7 @@ def test_the_pictures(bghost_host: StartHost) -> None:
 
     def settled() -> bool:
         states = {row["name"]: row["state"] for row in host.client.ps()}
-        wanted = {"counter.1": "ready", "mail": "failed", "import": "backoff", "report": "done"}
+        wanted = {"counter.1": "ready", "counter.2": "ready", "mail": "failed", "import": "backoff", "report": "done"}
         return wanted.items() <= states.items()
 
     until(settled)

@@ -224,6 +224,7 @@ def _mode(path: str) -> int:
 def loosened(bghost_host: StartHost) -> Iterator[Host]:
     """A host whose directories somebody has opened to all."""
     host = bghost_host(kinds={"idle": IDLE}, args=["run", "idle"])
+    host.client.wait("idle")
     for path in (host.directories.base, host.directories.runtime):
         os.chmod(path, 0o755)
     os.chmod(host.directories.socket, 0o666)
@@ -344,7 +345,7 @@ def test_what_an_import_leaves_behind(bghost_host: StartHost) -> None:
     assert stat.S_IMODE(os.stat(host.directories.socket).st_mode) == 0o600
     pid = host.row("leaves")["pid"]
     os.kill(pid or 0, signal.SIGTERM)
-    host.wait_row("leaves", lambda row: row["state"] == "backoff")
+    host.wait_row("leaves", lambda row: row["restarts"] == 1)
     host.client.restart("leaves")
     host.signal(signal.SIGTERM)
     assert host.wait() == 0

@@ -106,7 +106,7 @@ class Kind:
 
     async def locks(self):
         for _ in range(20):
-            async with self.pool.lock():
+            async with self.pool.lock(60):
                 self.inside += 1
                 assert self.inside == 1
                 await asyncio.sleep(0.001)

@@ -297,16 +297,16 @@ def test_a_cancel_leaves_no_interruptible_block_behind(bghost_host: StartHost) -
         @bghost.hookimpl
         def bghost_tick(self, worker):
             ends = time.monotonic() + 1
-            main, canceled = threading.main_thread().ident, 0
+            main, canceled, over = threading.main_thread().ident, 0, threading.Event()
 
             def pester():
-                while time.monotonic() < ends:
+                while not over.is_set():
                     signal.pthread_kill(main, signal.SIGINT)
                     time.sleep(0.0001)
 
             thread = threading.Thread(target=pester)
             thread.start()
-            while time.monotonic() < ends:
+            while time.monotonic() < ends or not canceled:
                 try:
                     with worker.interruptible():
                         with worker.interruptible():
@@ -315,6 +315,7 @@ def test_a_cancel_leaves_no_interruptible_block_behind(bghost_host: StartHost) -
                     canceled += 1
                 for _ in range(20):
                     pass  # here a signal is noted only; one that raised would fail the tick
+            over.set()
             thread.join()
             worker.log.info("note: {}, {} blocks are open", canceled > 0, worker.interrupts.breakable)
             raise SystemExit

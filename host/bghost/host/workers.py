@@ -30,7 +30,7 @@ MODE_TIMES: Final = {StopMode.FAST: 5.0, StopMode.IMMEDIATE: 1.0}
 DUMP_TIME: Final = 0.25
 """Seconds in which a worker that gets to a safe point has added its scopes to its stacks."""
 
-DUMP_LIMIT: Final = 5.0
+DUMP_LIMIT: Final = 4.0  # of the five that a client waits for an answer
 """Seconds that one which could run, and gets no processor, has for its stacks."""
 
 

@@ -224,6 +224,10 @@ class Client:
                 self._probe(deadline)
             except NoHost:
                 pass  # it takes no new questions; the end of this connection will tell
+            except TimedOut:
+                if time.monotonic() < deadline:
+                    raise
+                # else it has had less than its time
 
     def _probe(self, deadline: float) -> None:
         self.request("status", min(self.timeout, max(0.001, deadline - time.monotonic())))

@@ -87,7 +87,8 @@ BLOCKS: Final = """
             await asyncio.sleep(0.05)
             assert not task.done()
         await task
-        raise bghost.GiveUp("all is well")
+        worker.log.info("all is well")
+        return bghost.UNTIL_WOKEN
 """
 
 
@@ -166,7 +167,8 @@ LEFT: Final = """
         else:
             async with self.db.transaction() as txn:
                 await txn.execute("insert into t values (2)")
-            raise bghost.GiveUp("all is well")
+            worker.log.info("all is well")
+            return bghost.UNTIL_WOKEN
 """
 
 
