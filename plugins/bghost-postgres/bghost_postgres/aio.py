@@ -417,7 +417,7 @@ class AsyncDatabase(BaseDatabase["psycopg.AsyncConnection[Any]"]):
         worker, outage = self._worker, Outage(self._conninfo)
         loop = asyncio.get_running_loop()
         began: float | None = None
-        delay = FIRST_DELAY
+        delay, refused = FIRST_DELAY, False
         try:
             while True:
                 try:
@@ -426,7 +426,11 @@ class AsyncDatabase(BaseDatabase["psycopg.AsyncConnection[Any]"]):
                 except psycopg.OperationalError as error:
                     worker.backend_pid = None
                     if not await loop.run_in_executor(None, self._passes, error):
-                        raise
+                        if refused:
+                            raise
+                        refused = True  # it may have come up between the attempt and the question
+                        continue
+                    refused = False
                     if began is None:
                         began = time.monotonic()
                         self._tell(error)

@@ -404,7 +404,7 @@ class Database(BaseDatabase["psycopg.Connection[Any]"], SyncSession):
     def _connect(self) -> Connection:
         worker, outage = self._worker, Outage(self._conninfo)
         began: float | None = None
-        delay, awake = FIRST_DELAY, False
+        delay, awake, refused = FIRST_DELAY, False, False
         try:
             while True:
                 try:
@@ -413,7 +413,11 @@ class Database(BaseDatabase["psycopg.Connection[Any]"], SyncSession):
                 except psycopg.OperationalError as error:
                     worker.backend_pid = None
                     if not self._passes(error):
-                        raise
+                        if refused:
+                            raise
+                        refused = True  # it may have come up between the attempt and the question
+                        continue
+                    refused = False
                     if began is None:
                         began = time.monotonic()
                         self._tell(error)

@@ -143,7 +143,7 @@ LISTENER: Final = """
 def test_notifications_wake_a_coroutine(sandbox: Sandbox, database_uri: str, other: Session) -> None:
     """Also over another connection than the first."""
     host = start(sandbox, database_uri, LISTENER)
-    host.wait_row("probe", lambda row: row["state"] == "ready" and row["doing"] == "idle")
+    host.wait_row("probe", lambda row: row["ticks"] == 1)  # before that it would have the notification unwoken
     other.execute("""notify "Jobs", 'one'""")
     host.wait_line(r"got one, woken by \['notify'\]")
     backend = host.row("probe")["backend_pid"]
