@@ -48,6 +48,7 @@ class Sleeper:
     def bghost_reload(self, worker, old, new):
         worker.log.info("note: {} becomes {}", old.word, new.word)
         if worker.name in new.bad:
+            worker.wait(0.5)  # long after the others are ready
             raise bghost.GiveUp("bad " + new.bad)
 
     @bghost.hookimpl

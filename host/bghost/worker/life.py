@@ -69,6 +69,7 @@ class _Life:
         self._worker: Worker[Any] | None = None  # until its kind is loaded
         self._extension_errors: defaultdict[tuple[str, str], RepeatedErrors] = defaultdict(RepeatedErrors)
         self._set_up = False
+        self._taken = 0  # the number of the config that it goes by
         self._stop_timeout = STOP_TIMEOUT
         self._program: Program | None = None  # what to become instead of ending
         self._reason = Reason.ERROR
@@ -115,7 +116,7 @@ class _Life:
         birth = self._birth
         kind = birth.loaded if birth.loaded is not None else birth.kind.load()
         number, document = config_of(birth.table)
-        self.interrupts.config = self._stats[t.CONFIG_ACK] = number
+        self._taken = self.interrupts.config = self._stats[t.CONFIG_ACK] = number
         self._stop_timeout = birth.spec.stop_timeout or document["stop_timeout"]
         hooks = loader.worker_hooks(
             birth.kind,
@@ -142,6 +143,7 @@ class _Life:
         worker.strict = document["strict"]
         worker.use_settings(settings)
         worker.take_config = lambda: self._take_config(worker)
+        worker.acknowledge = self._acknowledge
         return worker
 
     def _drive(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -171,9 +173,13 @@ class _Life:
             return None
         new = conversion.keep_start_only(old, new)
         worker.use_settings(new)
-        self._stats[t.CONFIG_ACK] = number
-        self.interrupts.ring_host()  # somebody may wait for that
+        self._taken = number
         return None if new == old else (old, new)
+
+    def _acknowledge(self) -> None:
+        if self._stats[t.CONFIG_ACK] != self._taken:
+            self._stats[t.CONFIG_ACK] = self._taken
+            self.interrupts.ring_host()  # somebody may wait for that
 
     def _ready(self) -> None:
         self._stats[t.READY] = 1

@@ -112,6 +112,8 @@ class Worker(Generic[S]):
         self._naptime = math.inf
         self.take_config: Callable[[], tuple[Settings, Settings] | None] = lambda: None
         """Takes what the host has accepted; gives old and new settings if they differ. Set by the runtime."""
+        self.acknowledge: Callable[[], None] = lambda: None
+        """Tells the host that what was taken is in use. Set by the runtime."""
         self._poll = select.poll()
         self._poll.register(self.slot.latch.read_fd, select.POLLIN)
         self._host_watched = birth.host_pidfd >= 0
@@ -545,6 +547,8 @@ class Worker(Generic[S]):
             changed = self.take_config()
             if changed is not None:
                 self.block.aside(lambda: self.hooks.reload(self, *changed))
+            self.acknowledge()  # not before the hook, which may give up
+            if changed is not None:
                 self.look()
         if self._managed:
             self.stand_by()
