@@ -69,7 +69,6 @@ class _Life:
         self._worker: Worker[Any] | None = None  # until its kind is loaded
         self._extension_errors: defaultdict[tuple[str, str], RepeatedErrors] = defaultdict(RepeatedErrors)
         self._set_up = False
-        self._taken = 0  # the number of the config that it goes by
         self._stop_timeout = STOP_TIMEOUT
         self._program: Program | None = None  # what to become instead of ending
         self._reason = Reason.ERROR
@@ -116,7 +115,7 @@ class _Life:
         birth = self._birth
         kind = birth.loaded if birth.loaded is not None else birth.kind.load()
         number, document = config_of(birth.table)
-        self._taken = self.interrupts.config = self._stats[t.CONFIG_ACK] = number
+        self.interrupts.config = self._stats[t.CONFIG_ACK] = number
         self._stop_timeout = birth.spec.stop_timeout or document["stop_timeout"]
         hooks = loader.worker_hooks(
             birth.kind,
@@ -143,7 +142,6 @@ class _Life:
         worker.strict = document["strict"]
         worker.use_settings(settings)
         worker.take_config = lambda: self._take_config(worker)
-        worker.acknowledge = self._acknowledge
         return worker
 
     def _drive(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -157,7 +155,7 @@ class _Life:
         spec = self._birth.spec
         return conversion.convert(conversion.layers(document, spec), type or Settings, spec.kind)
 
-    def _take_config(self, worker: Worker[Any]) -> tuple[Settings, Settings] | None:
+    def _take_config(self, worker: Worker[Any]) -> None:
         number, document = config_of(self._birth.table)
         self.interrupts.config = number
         try:
@@ -170,16 +168,15 @@ class _Life:
         except BghostError as error:
             # The host has checked it, unless it does not have the kind's module: keep what is good.
             self._log.error("config {} is not for this worker, the old settings stay: {}", number, error)
-            return None
+            return
         new = conversion.keep_start_only(old, new)
         worker.use_settings(new)
-        self._taken = number
-        return None if new == old else (old, new)
-
-    def _acknowledge(self) -> None:
-        if self._stats[t.CONFIG_ACK] != self._taken:
-            self._stats[t.CONFIG_ACK] = self._taken
-            self.interrupts.ring_host()  # somebody may wait for that
+        if new != old:
+            worker.block.aside(lambda: worker.hooks.reload(worker, old, new))
+        self._stats[t.CONFIG_ACK] = number  # not before the hook, which may give up
+        self.interrupts.ring_host()  # somebody may wait for that
+        if new != old:
+            worker.look()
 
     def _ready(self) -> None:
         self._stats[t.READY] = 1

@@ -110,10 +110,8 @@ class Worker(Generic[S]):
         self.block = RecoveryBlock(self, watch=birth.spec.tick_timeout is not None)
         self._settings: Any = None
         self._naptime = math.inf
-        self.take_config: Callable[[], tuple[Settings, Settings] | None] = lambda: None
-        """Takes what the host has accepted; gives old and new settings if they differ. Set by the runtime."""
-        self.acknowledge: Callable[[], None] = lambda: None
-        """Tells the host that what was taken is in use. Set by the runtime."""
+        self.take_config: Callable[[], None] = lambda: None
+        """Takes what the host has accepted, with the reload hook if settings differ. Set by the runtime."""
         self._poll = select.poll()
         self._poll.register(self.slot.latch.read_fd, select.POLLIN)
         self._host_watched = birth.host_pidfd >= 0
@@ -544,12 +542,7 @@ class Worker(Generic[S]):
         if self.block.delay:
             self.sleep(0)  # the author's loop has not waited since the error, and must not spin
         if self.interrupts.reload:
-            changed = self.take_config()
-            if changed is not None:
-                self.block.aside(lambda: self.hooks.reload(self, *changed))
-            self.acknowledge()  # not before the hook, which may give up
-            if changed is not None:
-                self.look()
+            self.take_config()
         if self._managed:
             self.stand_by()
             for pool in list(self._pools.values()):
