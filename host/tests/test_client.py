@@ -166,7 +166,7 @@ def test_a_host_that_does_not_answer_times_out_and_is_named(client: Client, list
     began = time.monotonic()
     with pytest.raises(TimedOut, match=rf"the host of instance 'test' does not answer: pid {os.getpid()}, silent for"):
         client.ps()
-    assert time.monotonic() - began >= 0.5
+    assert 0.5 <= time.monotonic() - began < 0.5 + 5.0 * SLOW
 
 
 def full(path: str) -> list[socket.socket]:
@@ -194,7 +194,7 @@ def test_a_full_backlog_is_tried_again_until_the_deadline(client: Client) -> Non
         began = time.monotonic()
         with pytest.raises(TimedOut, match=r"pid 12345678, silent for 0\.\d s"):
             client.ps()
-        assert time.monotonic() - began >= 0.4
+        assert 0.4 <= time.monotonic() - began < 0.5 + 5.0 * SLOW
         with pytest.raises(TimedOut):
             client.shutdown()
     finally:

@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Final
+
+from processes import state
 
 CHAOS: Final = '''
 import ctypes, os, signal, subprocess, sys, time
@@ -48,7 +49,7 @@ DEAF: Final = "note('is up'); deaf_sleep(120)"
 
 def is_deaf(pid: int | None) -> bool:
     """Whether a worker that has said that it is up is in C by now: it sleeps, which it does nowhere before."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+    return pid is not None and state(pid) == "S"
 
 
 BLOCKED: Final = """

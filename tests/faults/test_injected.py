@@ -15,6 +15,7 @@ import poolkit
 import pytest
 from chaos import CHAOS, table
 from oracle import ended, oracle, pid_of, quiet, usage
+from processes import guard_of
 from support import SLOW, Host, Sandbox, StartHost, notes, until
 
 from bghost import WorkerSpec
@@ -105,12 +106,6 @@ def try_again(ask: Callable[[], T]) -> T:
     raise last
 
 
-def guard_of(pid: int) -> int:
-    """The pid of the guard of the host *pid*, once that is called so; else 0."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return next((int(child) for child in children if b"guard" in Path(f"/proc/{child}/cmdline").read_bytes()), 0)
-
-
 def start(bghost_host: StartHost, *tables: str) -> Host:
     host = bghost_host(kinds={"chaos": CHAOS}, args=["run"], config="[host]\nkinds = ['chaos']\n" + "".join(tables))
     host.client.ps()
@@ -181,7 +176,7 @@ def test_no_process_for_a_while(bghost_host: StartHost, tmp_path: Path) -> None:
         with pytest.raises(BghostError, match="did not become ready") as refused:
             host.client.launch(spec, wait=True)
         assert "Resource temporarily unavailable; the limits are RLIMIT_NPROC" in str(refused.value.detail)
-        os.kill(until(lambda: guard_of(host.pid)), signal.SIGKILL)
+        os.kill(guard_of(host.pid), signal.SIGKILL)
         host.wait_line("the guard has died, and there can be no new one: .*RLIMIT_NPROC")
         until(lambda: injection.fired >= 4)
         assert host.row("bystander")["starts"] == 1
@@ -245,7 +240,7 @@ note('stops {}', handle.stop())
     host.wait_line("note: stops")
     assert notes(host, "boss") == ["ready True", "kills True", "again True", "stops True"]
     pid = pid_of(host)
-    os.kill(until(lambda: guard_of(pid)), signal.SIGKILL)
+    os.kill(guard_of(pid), signal.SIGKILL)
     host.wait_line("the guard has died; there is a new one")
     oracle(host, before)
     assert host.text().count("there are no pidfds here (Operation not permitted), SIGCHLD has to do") == 1

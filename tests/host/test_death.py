@@ -9,12 +9,14 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
 import pytest
 from chaos import BLOCKED, CHAOS, DEAF, table
+from processes import children, guard_of, lives, title
 from support import BGHOST, SLOW, Host, Sandbox, StartHost, notes, until
 
 from bghost import NoHost
@@ -31,19 +33,6 @@ def winner_of(hosts: list[Host]) -> Host:
     return until(lambda: [host for host in hosts if "host of instance default runs" in host.text()], 60.0)[0]
 
 
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def title(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-
-
-def guard_of(host: Host) -> int:
-    """The pid of the host's guard, once there is one."""
-    return until(lambda: next((pid for pid in children(host.pid) if title(pid).startswith("bghost: guard")), 0))
-
-
 def kill(host: Host) -> float:
     """SIGKILL for the host; when. It is dead then: who comes next finds neither it nor its socket."""
     host.signal(signal.SIGKILL)
@@ -52,15 +41,7 @@ def kill(host: Host) -> float:
     return killed
 
 
-def lives(pid: int) -> bool:
-    """Whether it has not ended; what is a zombie has."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def gone(pids: list[int], timeout: float) -> float:
+def gone(pids: Collection[int], timeout: float) -> float:
     """Wait until none of *pids* lives; when that was."""
     until(lambda: not any(map(lives, pids)), timeout, f"the end of {pids}")
     return time.monotonic()
@@ -77,7 +58,7 @@ def test_workers_that_wait_are_gone_at_once_with_their_cleanup(bghost_host: Star
     host = bghost_host(kinds={"chaos": CHAOS}, args=["run"], config="".join(tables))
     host.client.wait(*waits)
     until(lambda: all(row["doing"] != "active" for row in host.client.ps()), what="workers that wait")
-    guard = guard_of(host)
+    guard = guard_of(host.pid)
     pids = [pid for pid in children(host.pid) if pid != guard]
     killed = kill(host)
     assert gone(pids, 2.0) - killed < 0.35 * SLOW + 0.15  # with what it takes to be scheduled, and to look
@@ -118,7 +99,7 @@ def test_the_guard_ends_what_does_not_end_itself(bghost_host: StartHost) -> None
         host.wait_line(rf"\[{name}\] note: is up")
     (spinner,) = (row["pid"] for row in host.client.ps("python"))
     before = host.sandbox.processes()
-    guard = guard_of(host)
+    guard = guard_of(host.pid)
     killed = kill(host)
     took = gone([pid for pid in before if pid != guard], 10.0) - killed
     assert 1.0 <= took < 1.0 + LATE + 1.0 * SLOW, took
@@ -139,11 +120,11 @@ def test_the_guard_is_small_and_has_nothing_of_plugins(bghost_host: StartHost) -
     big = "HEAP = b'x' * (64 << 20)\n" + textwrap.dedent(CHAOS)
     host = bghost_host(kinds={"chaos": big}, args=["run", "chaos"])
     host.client.wait("chaos")
-    rollup = Path(f"/proc/{guard_of(host)}/smaps_rollup").read_text()
+    rollup = Path(f"/proc/{guard_of(host.pid)}/smaps_rollup").read_text()
     private = sum(int(size) for size in re.findall(r"^Private_\w+: +(\d+) kB", rollup, re.MULTILINE)) << 10
     print(f"guard: {private / (1 << 20):.2f} MiB private")
     assert private < GUARD_SIZE, rollup
-    maps = Path(f"/proc/{guard_of(host)}/status").read_text()
+    maps = Path(f"/proc/{guard_of(host.pid)}/status").read_text()
     rss = int(re.search(r"VmRSS:\s+(\d+) kB", maps)[1]) >> 10  # type: ignore[index]
     assert rss < 64, maps
 
@@ -156,11 +137,11 @@ def test_a_guard_that_dies_is_renewed(bghost_host: StartHost) -> None:
         config="[host]\nstop_timeout = 0.5\n" + table("deaf", tick=DEAF_TO_ALL["deaf"]),
     )
     host.wait_line("note: is up")
-    first = guard_of(host)
+    first = guard_of(host.pid)
     os.kill(first, signal.SIGTERM)  # it hears none of what is meant for everybody
     os.kill(first, signal.SIGKILL)
     host.wait_line("the guard has died; there is a new one")
-    second = guard_of(host)
+    second = guard_of(host.pid)
     assert second != first
     assert host.row("deaf")["starts"] == 1
     workers = [pid for pid in children(host.pid) if pid != second]
@@ -179,9 +160,9 @@ def test_a_host_that_dies_while_its_guard_is_renewed(bghost_host: StartHost) -> 
         config="[host]\nstop_timeout = 0.2\n" + table("deaf", tick=DEAF_TO_ALL["deaf"]),
     )
     host.wait_line("note: is up")
-    before = set(children(host.pid))
-    os.kill(guard_of(host), signal.SIGKILL)
-    while not set(children(host.pid)) - before:
+    before = children(host.pid)
+    os.kill(guard_of(host.pid), signal.SIGKILL)
+    while not children(host.pid) - before:
         pass  # as soon as can be
     killed = kill(host)
     assert gone([*before], 5.0) - killed < 0.2 + LATE + 1.0 * SLOW
@@ -198,7 +179,7 @@ def test_a_guard_whose_program_cannot_be_had(sandbox: Sandbox) -> None:
     host = sandbox.start_host("run")
     host.wait_line("note: is up")
     pids = children(host.pid)
-    assert guard_of(host) in pids
+    assert guard_of(host.pid) in pids
     killed = kill(host)
     assert gone(pids, 5.0) - killed < 0.2 + LATE + 1.0 * SLOW
     host.wait()
@@ -213,9 +194,9 @@ def test_a_start_does_the_guards_work_when_that_is_dead_too(sandbox: Sandbox) ->
     sandbox.config("[host]\nstop_timeout = 0.2\n" + table("deaf", tick=DEAF_TO_ALL["deaf"]))
     host = sandbox.start_host("run")
     host.wait_line("note: is up")
-    (worker,) = (pid for pid in children(host.pid) if pid != guard_of(host))
+    (worker,) = (pid for pid in children(host.pid) if pid != guard_of(host.pid))
     os.kill(host.pid, signal.SIGSTOP)  # so that it does not renew the guard
-    os.kill(guard_of(host), signal.SIGKILL)
+    os.kill(guard_of(host.pid), signal.SIGKILL)
     kill(host)
     begun = time.monotonic()
     sandbox.config("[host]\nstop_timeout = 0.2\n" + table("new"))
@@ -242,7 +223,7 @@ def test_what_a_dead_run_left_without_its_lock_is_ended_by_the_next(sandbox: San
     sandbox.config(table("program", tick=DEAF_TO_ALL["program"]))
     host = sandbox.start_host("run")
     host.wait_line("note: is up")
-    guard = guard_of(host)
+    guard = guard_of(host.pid)
     (worker,) = (pid for pid in children(host.pid) if pid != guard)
     # exec closes Popen's pipe an instant before the new command line can be read.
     (program,) = until(lambda: [pid for pid in children(worker) if "sh -c" in title(pid)])

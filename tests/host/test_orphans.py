@@ -1,6 +1,5 @@
 """What workers leave behind: found, ended and named when they end; what a living one keeps in the background stays."""
 
-import contextlib
 import os
 import re
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from chaos import CHAOS, table
+from processes import children, state
 from support import BGHOST, SLOW, Host, Sandbox, StartHost, until
 
 FORKED = """
@@ -134,13 +134,7 @@ def test_what_is_on_its_way_out_while_it_is_looked_at_hides_nothing(bghost_host:
 
 
 def zombies(host: Host) -> list[int]:
-    children = Path(f"/proc/{host.pid}/task/{host.pid}/children").read_text().split()
-    found = []
-    for pid in children:
-        with contextlib.suppress(OSError):  # it has just been reaped
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                found.append(int(pid))
-    return found
+    return [pid for pid in children(host.pid) if state(pid) == "Z"]
 
 
 def test_what_a_living_worker_has_in_the_background_stays(bghost_host: StartHost) -> None:

@@ -3,19 +3,19 @@
 import os
 import re
 import signal
-import socket
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import pytest
 from chaos import BLOCKED, CHAOS, DEAF, SWALLOW, is_deaf, table
 from support import SLOW, Host, Sandbox, StartHost, notes, until
+from wire import answer, ask, connected
 
 from bghost.shared.errors import BghostError
-from bghost.shared.frames import Decoder, encode
 
 TERM, INT, QUIT, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP
 
@@ -271,25 +271,6 @@ def starts_after_stop(host: Host) -> list[str]:
     return re.findall(r"\[(\S+)\] started, pid", text[text.index("stopping, ") :])
 
 
-def wait_for_all(host: Host, name: str) -> socket.socket:
-    """A connection over which the host, when this returns, has been asked to tell when all are stopped."""
-    connection = socket.socket(socket.AF_UNIX)
-    connection.connect(host.directories.socket)
-    connection.sendall(encode({"verb": "wait", "args": {"names": [name], "for": "stopped"}}))
-    host.client.ps()  # who comes later is answered later
-    return connection
-
-
-def answer(connection: socket.socket) -> Any:
-    decoder = Decoder()
-    with connection:
-        while (message := decoder.next()) is None:
-            data = connection.recv(1 << 16)
-            assert data
-            decoder.feed(data)
-    return message["result"]
-
-
 def test_no_worker_is_born_once_a_stop_has_begun(sandbox: Sandbox) -> None:
     """Not those that wait for others, not those that wait for their restart, not those that are next in a long row."""
     sandbox.kinds({"chaos": CHAOS})
@@ -307,20 +288,24 @@ def test_no_worker_is_born_once_a_stop_has_begun(sandbox: Sandbox) -> None:
         path = sandbox.root / f"{name}.toml"
         path.write_text(sandbox.config_file.read_text())
         hosts[name] = sandbox.start_host("run", env={"BGHOST_INSTANCE": name, "BGHOST_CONFIG": str(path)})
-    for name, host in hosts.items():
-        host.wait_line(r"\[second\] note: up" if name == "backoff" else "note: up", 20)
-        if name == "backoff":
-            host.client.wait("second")
-            host.client.request("wake", names=["first"])
-            host.wait_line(r"\[first\] exit code 3.*started again")
-        if name == "held":
-            waiter = wait_for_all(host, "many")
-        host.signal(INT)
-    for name, host in hosts.items():
-        assert host.wait(30) == 0, name
-        assert starts_after_stop(host) == [], name
-    assert [row["state"] for row in answer(waiter)] == ["stopped"] * 100  # who waits for one that never starts is told
-    assert len(re.findall(r"\[many\.\d+\] started", hosts["held"].text())) == 0
+    with ExitStack() as stack:
+        for name, host in hosts.items():
+            host.wait_line(r"\[second\] note: up" if name == "backoff" else "note: up", 20)
+            if name == "backoff":
+                host.client.wait("second")
+                host.client.request("wake", names=["first"])
+                host.wait_line(r"\[first\] exit code 3.*started again")
+            if name == "held":
+                waiter = stack.enter_context(connected(host))
+                ask(waiter, "wait", names=["many"], **{"for": "stopped"})
+                host.client.ps()  # by the answer to which the host has been asked
+            host.signal(INT)
+        for name, host in hosts.items():
+            assert host.wait(30) == 0, name
+            assert starts_after_stop(host) == [], name
+        # Who waits for one that never starts is told.
+        assert [row["state"] for row in answer(waiter)["result"]] == ["stopped"] * 100
+        assert len(re.findall(r"\[many\.\d+\] started", hosts["held"].text())) == 0
 
 
 # Order

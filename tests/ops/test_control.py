@@ -9,14 +9,14 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from support import SLOW, Host, StartHost, until
+from support import SLOW, StartHost, until
+from wire import answer, ask, connected
 
 from bghost import HostError, WorkerSpec
-from bghost.shared.frames import Decoder, encode
+from bghost.shared.frames import encode
 
 IDLE: Final = """
     import bghost
@@ -26,27 +26,6 @@ IDLE: Final = """
         def bghost_tick(self, worker):
             return bghost.UNTIL_WOKEN
 """
-
-
-@contextlib.contextmanager
-def connected(host: Host) -> Iterator[socket.socket]:
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(10 * SLOW)
-        connection.connect(host.directories.socket)
-        yield connection
-
-
-def ask(connection: socket.socket, verb: str, **args: Any) -> None:
-    connection.sendall(encode({"verb": verb, "args": args}))
-
-
-def answer(connection: socket.socket) -> dict[str, Any]:
-    decoder = Decoder()
-    while (message := decoder.next()) is None:
-        data = connection.recv(1 << 16)
-        assert data
-        decoder.feed(data)
-    return message
 
 
 def test_fifty_clients_and_one_worker(bghost_host: StartHost) -> None:

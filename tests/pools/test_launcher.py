@@ -84,26 +84,28 @@ def test_a_stop_while_it_starts(bghost_host: StartHost) -> None:
         manager="""
     def manage(self, worker):
         if self.rounds == 1:
+            os.mkfifo("starting")
+            os.mkfifo("stopping")
             self.pool.launch(Key(1), {"n": 1})
-            while not os.path.exists("starting"):
-                time.sleep(0.01)
-            pid = self.pool.get(Key(1)).pid
+            with open("starting") as starting:
+                pid = int(starting.read())
             self.note("state: {}", self.pool.get(Key(1)).state)
-            open("seen", "w").close()
             self.note("stopped: {} {}", self.pool.stop(Key(1), 10), os.path.exists(f"/proc/{pid}"))
         return bghost.UNTIL_WOKEN
 """,
         entry="""
     @bghost.hookimpl
     def bghost_setup(self, worker):
-        open("starting", "w").close()
-        while not os.path.exists("seen"):
-            time.sleep(0.01)
-        time.sleep(0.3)
+        with open("starting", "w") as starting:
+            starting.write(str(os.getpid()))
+        open("stopping").close()  # till then it is in its set-up
         self.mine = POOL.entry(worker)
         self.rounds = 0
 """,
     )
+    host.wait_line("note: state: ")
+    host.wait_row("apply.1", lambda row: row["state"] == "stopping")
+    (host.sandbox.root / "stopping").open("w").close()
     host.wait_line("note: . (exited|launch_failed) key 1 generation 1")
     assert notes(host, "manager")[:2] == ["state: starting", "stopped: True False"]
     until(lambda: consistent(host)["used"] == 0)

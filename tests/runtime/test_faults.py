@@ -10,9 +10,9 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
+from processes import children, state, title
 from support import SLOW, Host, StartHost, notes, until
 
 from bghost import HostError, WorkerSpec
@@ -39,7 +39,7 @@ class Oracle:
 
     def _children(self) -> set[int]:
         """The host's children but for the guard; none of them a zombie."""
-        return {pid for pid in _children(self.host.pid) if not _title(pid).startswith("bghost: guard")}
+        return {pid for pid in children(self.host.pid) if not title(pid).startswith("bghost: guard")}
 
     def _held(self) -> Counter[str]:
         """What the host holds open, by sort, but for what it has of each worker that lives: a pidfd, its output.
@@ -63,7 +63,7 @@ class Oracle:
         """What runs is what ps says, no zombie is left, nothing leaks, the calm worker is the same and awake."""
         host = self.host
         until(lambda: self._pids() == self._children(), what="ps and the host's children differ")
-        until(lambda: not [pid for pid in _children(host.pid) if _state(pid) == "Z"], 3.0, "a zombie is left")
+        until(lambda: not [pid for pid in children(host.pid) if state(pid) == "Z"], 3.0, "a zombie is left")
         until(lambda: self._held() <= self.held, what=f"it held {self.held} before, and now {self._held()}")
         assert host.alive
         row = host.row("calm")
@@ -82,24 +82,6 @@ class Oracle:
         with open(host.directories.lock) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         assert not re.search("Exception ignored|RuntimeError|ResourceWarning", host.text())
-
-
-def _children(pid: int) -> set[int]:
-    return {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
-
-
-def _title(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().decode()
-    except OSError:
-        return ""
-
-
-def _state(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return ""
 
 
 def _has_files(pid: int) -> bool:
@@ -139,9 +121,9 @@ def test_a_worker_that_dies_before_its_set_up(start: Start) -> None:
     """
     host, oracle = start(slow=slow)
     for number in range(3):
-        before = _children(host.pid)
+        before = children(host.pid)
         launch = host.sandbox.start("launch", "slow", "--name", f"slow-{number}", "--wait")
-        (pid,) = until(lambda before=before: _children(host.pid) - before)  # type: ignore[misc]
+        (pid,) = until(lambda before=before: children(host.pid) - before)  # type: ignore[misc]
         os.kill(pid, signal.SIGKILL)  # some milliseconds after the fork
         result = launch.result()
         assert result.code == 1
@@ -455,10 +437,10 @@ def test_what_a_living_worker_has_in_the_background_is_reaped_when_it_ends(start
     host, oracle = start("[[worker]]\nkind = 'brief'\n", brief=brief)
     host.wait_line("note: has started it")
     known = {row["pid"] for row in host.client.ps()}
-    (pid,) = until(lambda: {pid for pid in _children(host.pid) - known if "read line" in _title(pid)})
+    (pid,) = until(lambda: {pid for pid in children(host.pid) - known if "read line" in title(pid)})
     with open(host.sandbox.root / "gate", "w") as gate:
         gate.write("go on\n")
-    until(lambda: not _state(pid), what="it is not reaped")
+    until(lambda: not state(pid), what="it is not reaped")
     oracle.check()
     oracle.end()
 
