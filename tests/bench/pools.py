@@ -23,7 +23,7 @@ import turn
 import bghost
 from bghost.shared import pools as p
 from bghost.shared.pools import EntryState, PoolTable
-from bghost.shared.publication import salt
+from bghost.shared.publication import Writer, salt
 from bghost.worker.pool import Pool
 
 lmdb: Any = None
@@ -61,7 +61,7 @@ def make_pool(key: Any, keys: list[Any]) -> Pool[Any, Data]:
         cells.control[p.GENERATION] = 1
         cells.control[p.STATE] = EntryState.READY
         table.head[p.CHANGES] += 1
-        table.data.write(cells.place, salt(1), bytes(64))
+        Writer(table.data, cells.place, salt(1)).write(bytes(64))
     return Pool(turn.make_worker(), spec, table)
 
 
@@ -98,18 +98,23 @@ def subjects_of_pools(count: int, chance: random.Random) -> dict[str, Callable[[
     def view_update(key: Key) -> None:
         get(key).data.word3 = 5  # type: ignore[union-attr]
 
+    held = next(iter(pool))
+
+    def update_held(_: Key) -> None:
+        held.publish(raw)
+
     def block(key: Key) -> None:
         with get(key).update() as draft:  # type: ignore[union-attr]
             draft.word3 = 5
 
-    write, own, places = pool.published.write, salt(1), [entry._place for entry in pool]
+    entries = list(pool)
 
     def changed() -> float:
         """As often as it takes, each key once after each was written to."""
         took = 0.0
         for _ in range(0, count, ENTRIES):
-            for place in places:
-                write(place, own, raw)
+            for entry in entries:
+                entry.publish(raw)
             took += seconds(read, keys)
         return took
 
@@ -123,6 +128,7 @@ def subjects_of_pools(count: int, chance: random.Random) -> dict[str, Callable[[
         "look-up by a key with a text alone": lambda: seconds(get_named, some_names),
         "look-up by a text with something behind its end": lambda: seconds(get_named, used_names),
         "update by key, bytes": lambda: seconds(update, some),
+        "update of an entry at hand, bytes": lambda: seconds(update_held, some),
         "update by key, a structure": lambda: seconds(update_structure, some),
         "update by key, with update()": lambda: seconds(block, some),
         "update by key, a word of data": lambda: seconds(view_update, some),

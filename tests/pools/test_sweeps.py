@@ -58,11 +58,12 @@ EACH_STEP: Final = (
     + """
 import json, mmap, time
 from bghost.shared.mutex import MUTEX_SIZE, Acquired, RobustMutex
-from bghost.shared.publication import Publications
+from bghost.shared.publication import Publications, Writer
 
 memory = memoryview(mmap.mmap(-1, 4096))
 place, salt = MUTEX_SIZE, 5
 published, mutex = Publications(memory, 72), RobustMutex(memory[:MUTEX_SIZE])
+writer, live = Writer(published, place, salt), published.live_at(place)
 mutex.initialise()
 
 def data(number):
@@ -105,7 +106,7 @@ def run(program: str) -> Any:
 
 
 def test_a_death_at_each_step_of_an_update() -> None:
-    """What is read is the data before or after, whole; the next process goes on from there."""
+    """What is read is the data before or after, whole; the next process, and the live data, go on from there."""
     died = run("""
         read = 0
 
@@ -114,8 +115,10 @@ def test_a_death_at_each_step_of_an_update() -> None:
             before, read = read, int.from_bytes((published.read(place, salt) or bytes(8))[:8], "little")
             assert published.read(place, salt) in (None, data(read))
             assert read in (before, number), (before, read, number)
+            writer.heal()
+            assert bytes(memory[live : live + 72]) == data(read)
 
-        died = each_step(lambda number: published.write(place, salt, data(number)), check, "shared/publication.py")
+        died = each_step(lambda number: writer.write(data(number)), check, "shared/publication.py")
         assert read == died + 1
         print(json.dumps(died))
     """)

@@ -15,7 +15,7 @@ from bghost.shared.handle import Handle
 from bghost.shared.keys import canonical, is_plain
 from bghost.shared.pools import EntryCells, EntryState, EventKind, PoolTable
 from bghost.shared.poolspec import D, K, PoolSpec
-from bghost.shared.publication import salt
+from bghost.shared.publication import Writer, salt
 from bghost.worker.locking import TIMEOUT, Lock
 from bghost.worker.waiting import Steps
 
@@ -73,6 +73,7 @@ class Entry(Generic[K, D]):
         "_pool",
         "_published",
         "_salt",
+        "_writer",
         "copy",
         "generation",
         "index",
@@ -88,6 +89,7 @@ class Entry(Generic[K, D]):
         self._published = pool.published
         self._place = cells.place
         self._salt = salt(generation)
+        self._writer: Writer | None = None
         # What was read last stays what is read until its number is no longer the last.
         self.word = cells.place >> 3
         self.seen = -1
@@ -143,8 +145,8 @@ class Entry(Generic[K, D]):
         """``with entry.update() as d:`` publishes the fields of *d* together, or not at all. Its worker alone.
 
         What *d* begins with is the live data, which it becomes. An error, or a death at any point, leaves what was
-        published before: the new data goes to a shadow, with a sequence number and a checksum, and one word that is
-        stored last makes it the one that is read.
+        published before: the new data goes to a shadow, with a checksum, and one word that is stored last makes it the
+        one that is read.
 
         :raises EntryGone: if the entry has gone to another launch.
         """
@@ -159,16 +161,24 @@ class Entry(Generic[K, D]):
         if self._control[_GENERATION] != self.generation:
             raise self._gone()
         raw: bytes = data if data.__class__ is bytes else bytes(data)  # type: ignore[arg-type]
-        published = self._published
-        if len(raw) != published.size:
-            raise ValueError(f"the data of an entry has {published.size} bytes, not {len(raw)}")
-        published.write(self._place, self._salt, raw)
+        try:
+            (self._writer or self._make_writer()).write(raw)
+        except ValueError:
+            raise ValueError(f"the data of an entry has {self._published.size} bytes, not {len(raw)}") from None
+
+    def _make_writer(self) -> Writer:
+        writer = self._writer = Writer(self._published, self._place, self._salt)
+        return writer
+
+    def take_over(self) -> None:
+        """This process goes on with the data where the last one has ended, the pool's affair."""
+        self._make_writer().heal()
 
     def snapshot(self) -> D:
         """A copy of what was published last, whole, without a lock; zeros where nothing was.
 
-        A copy is believed if its checksum, which covers its sequence number, is right: so it can be trusted on every
-        processor, in whatever order that shows another's stores.
+        A copy is believed if its checksum, which covers its number, is right: so it can be trusted on every processor,
+        in whatever order that shows another's stores.
 
         :raises EntryGone: if the entry has gone to another launch.
         """
@@ -188,9 +198,8 @@ class Entry(Generic[K, D]):
 
     def read_anew(self) -> bytes | None:
         """Read what was published since, the pool's affair."""
-        number, data = self._published.read_numbered(self._place, self._salt)
-        self.seen, self.copy = number or -1, data
-        return data
+        self.seen, self.copy = self._published.read_numbered(self._place, self._salt)
+        return self.copy
 
 
 class _Update(Generic[D]):
@@ -319,7 +328,7 @@ class Pool(Generic[K, D]):
             control = self._table.entry(index).control
             if control[_STATE] and (control[p.SLOT], control[p.SLOT_GENERATION]) == (handle.slot, handle.generation):
                 entry = self._entry(index, control[_GENERATION])
-                self.published.heal(entry._place, entry._salt)
+                entry.take_over()
                 return entry
         raise UsageError(f"worker {self.worker.name} is the worker of no entry of pool {self.spec.name}")
 
