@@ -69,35 +69,35 @@ class Entry(Generic[K, D]):
 
     __slots__ = (
         "_control",
+        "_copy",
+        "_live",
         "_place",
         "_pool",
         "_published",
         "_salt",
+        "_seen",
+        "_word",
         "_writer",
-        "copy",
         "generation",
         "index",
         "key",
-        "live",
-        "seen",
-        "word",
     )
 
     def __init__(self, pool: "Pool[K, D]", index: int, cells: EntryCells, generation: int, key: K) -> None:
         self._pool = pool
         self._control = cells.control
-        self._published = pool.published
+        self._published = pool._published
         self._place = cells.place
         self._salt = salt(generation)
         self._writer: Writer | None = None
         # What was read last stays what is read until its number is no longer the last.
-        self.word = cells.place >> 3
-        self.seen = -1
-        self.copy: bytes | None = None
+        self._word = cells.place >> 3
+        self._seen = -1
+        self._copy: bytes | None = None
         self.index = index
         self.generation = generation
         self.key = key
-        self.live: D = pool.live_at(cells.place)
+        self._live: D = pool._live_at(cells.place)
 
     def __repr__(self) -> str:
         return f"<Entry {self.index} of {self._pool.spec.name}, generation {self.generation}>"
@@ -139,7 +139,7 @@ class Entry(Generic[K, D]):
         """
         if self._control[_GENERATION] != self.generation:
             raise self._gone()
-        return self.live
+        return self._live
 
     def update(self) -> AbstractContextManager[D]:
         """``with entry.update() as d:`` publishes the fields of *d* together, or not at all. Its worker alone.
@@ -170,8 +170,8 @@ class Entry(Generic[K, D]):
         writer = self._writer = Writer(self._published, self._place, self._salt)
         return writer
 
-    def take_over(self) -> None:
-        """This process goes on with the data where the last one has ended, the pool's affair."""
+    def _take_over(self) -> None:
+        """This process goes on with the data where the last one has ended."""
         self._make_writer().heal()
 
     def snapshot(self) -> D:
@@ -191,15 +191,15 @@ class Entry(Generic[K, D]):
 
         :raises EntryGone: if the entry has gone to another launch.
         """
-        data = self.copy if self._published.words[self.word] == self.seen else self.read_anew()
+        data = self._copy if self._published.words[self._word] == self._seen else self._read_anew()
         if self._control[_GENERATION] != self.generation:
             raise self._gone()
         return data
 
-    def read_anew(self) -> bytes | None:
-        """Read what was published since, the pool's affair."""
-        self.seen, self.copy = self._published.read_numbered(self._place, self._salt)
-        return self.copy
+    def _read_anew(self) -> bytes | None:
+        """Read what was published since."""
+        self._seen, self._copy = self._published.read_numbered(self._place, self._salt)
+        return self._copy
 
 
 class _Update(Generic[D]):
@@ -209,7 +209,7 @@ class _Update(Generic[D]):
 
     def __init__(self, entry: Entry[Any, D]) -> None:
         self._entry = entry
-        self._draft: D = type(entry.live).from_buffer_copy(entry.data)  # type: ignore[attr-defined]
+        self._draft: D = type(entry._live).from_buffer_copy(entry.data)  # type: ignore[attr-defined]
 
     def __enter__(self) -> D:
         return self._draft
@@ -232,7 +232,7 @@ class Pool(Generic[K, D]):
         self.spec = spec
         self._table = table
         self._head = table.head
-        self.published = table.data
+        self._published = table.data
         self._words = table.data.words
         self._key: Final = spec.key
         self._is_plain = is_plain(spec.key)
@@ -275,9 +275,9 @@ class Pool(Generic[K, D]):
         entry = self._known.get(bytes(key))  # type: ignore[call-overload]
         if entry is None and (self._is_plain or (entry := self.get(key)) is None):
             return None
-        if self._words[entry.word] == entry.seen:
-            return entry.copy
-        return entry.read_anew()
+        if self._words[entry._word] == entry._seen:
+            return entry._copy
+        return entry._read_anew()
 
     def _raw(self, key: K) -> bytes:
         if key.__class__ is not self._key:
@@ -287,9 +287,9 @@ class Pool(Generic[K, D]):
     def _no_key(self, key: object) -> UsageError:
         return UsageError(f"a key of pool {self.spec.name} is a {self._key.__name__}, not {key!r}")
 
-    def live_at(self, place: int) -> D:
+    def _live_at(self, place: int) -> D:
         """The live data of an entry, to be read and written a word at a time."""
-        data: D = self.spec.data.from_buffer(self.published.data, self.published.live_at(place))  # type: ignore[attr-defined]
+        data: D = self.spec.data.from_buffer(self._published.data, self._published.live_at(place))  # type: ignore[attr-defined]
         return data
 
     def _look_again(self) -> None:
@@ -328,7 +328,7 @@ class Pool(Generic[K, D]):
             control = self._table.entry(index).control
             if control[_STATE] and (control[p.SLOT], control[p.SLOT_GENERATION]) == (handle.slot, handle.generation):
                 entry = self._entry(index, control[_GENERATION])
-                entry.take_over()
+                entry._take_over()
                 return entry
         raise UsageError(f"worker {self.worker.name} is the worker of no entry of pool {self.spec.name}")
 
