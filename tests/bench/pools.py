@@ -54,15 +54,16 @@ class Data(ctypes.Structure):
 def make_pool(key: Any, keys: list[Any]) -> Pool[Any, Data]:
     """A pool as its entries' workers and all others see it, with an entry for each key, and data in it."""
     spec = bghost.PoolSpec[Any, Data]("bench", kind="ticker", key=key, data=Data, capacity=len(keys))
-    table = PoolTable(spec.layout("ticker"))
+    table, worker = PoolTable(spec.layout("ticker")), turn.make_worker()
     for index, each in enumerate(keys):
         cells = table.entry(index)
         cells.write_key(bytes(each))
         cells.control[p.GENERATION] = 1
+        cells.control[p.SLOT_GENERATION] = worker.handle.generation
         cells.control[p.STATE] = EntryState.READY
         table.head[p.CHANGES] += 1
         Writer(table.data, cells.place, salt(1)).write(bytes(64))
-    return Pool(turn.make_worker(), spec, table)
+    return Pool(worker, spec, table)
 
 
 def seconds(call: Callable[[Any], object], arguments: list[Any]) -> float:

@@ -288,6 +288,59 @@ class Kind:
     assert notes(host, "reader")[:2] == ["1 2", "woken"]
 
 
+def test_what_is_published(bghost_host: StartHost) -> None:
+    """An entry takes a structure, or its bytes, from its own worker; all else is refused, and changes nothing."""
+    host = start(
+        bghost_host,
+        wanted="(1,)",
+        manager="""
+    def manage(self, worker):
+        self.pool.reconcile({Key(1): {"n": 1}})
+        entry = self.pool.get(Key(1))
+        if entry.state == "ready" and entry.snapshot().second == 8:
+            for publish in (lambda: entry.publish(Data(9, 9)), entry.update):
+                try:
+                    with publish():
+                        pass
+                except bghost.UsageError as error:
+                    self.note("{}; {}", error.message, error.hint)
+            entry.data.first = 10
+            self.note("{} {}", entry.snapshot().first, entry.data.first)
+            return bghost.UNTIL_WOKEN
+        return 0.01
+""",
+        entry="""
+    def work(self, worker, n):
+        if self.rounds > 1:
+            return bghost.UNTIL_WOKEN
+        from test_pool import Data, Key
+        publish = self.mine.publish
+        publish(Data(1, 2))
+        worker.log.info("note: {}", self.mine.snapshot().second)
+        publish(bytes(Data(3, 4)))
+        worker.log.info("note: {}", self.mine.snapshot().second)
+        publish(bytearray(Data(5, 6)))
+        worker.log.info("note: {}", self.mine.snapshot().second)
+        for wrong in (b"short", 16, Key(1), None, "x" * 16, bytes(17)):
+            try:
+                publish(wrong)
+            except bghost.UsageError as error:
+                worker.log.info("note: {}", error.message)
+        worker.log.info("note: {} {}", self.mine.data.second, self.mine.snapshot().second)
+        publish(Data(7, 8))
+""",
+    )
+    host.wait_line("note: 7 10", 20)
+    told = notes(host, "apply.1")
+    assert told[:3] == ["2", "4", "6"]
+    refused = [text.partition("is a Data, or its 16 bytes, not ")[2] for text in told[3:9]]
+    assert "Key object" in refused.pop(2)
+    assert refused == ["5 bytes", "16", "None", repr("x" * 16), "17 bytes"]
+    assert told[9:] == ["6 6"]
+    alone = "the data of <Entry 0 of apply, generation 1> is published by its own worker alone"
+    assert [alone in text for text in notes(host, "manager") if "alone" in text] == [True, True]
+
+
 def test_the_pools_lock(bghost_host: StartHost) -> None:
     """The lock excludes other processes, and says when its last holder has died with it."""
     host = start(

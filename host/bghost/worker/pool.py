@@ -149,6 +149,7 @@ class Entry(Generic[K, D]):
         one that is read.
 
         :raises EntryGone: if the entry has gone to another launch.
+        :raises UsageError: in another worker than the entry's own.
         """
         return _Update(self)
 
@@ -157,17 +158,36 @@ class Entry(Generic[K, D]):
 
         :param data: of the pool's data type, or the bytes of one.
         :raises EntryGone: if the entry has gone to another launch.
+        :raises UsageError: in another worker than the entry's own, or for what is no such data.
         """
         if self._control[_GENERATION] != self.generation:
             raise self._gone()
-        raw: bytes = data if data.__class__ is bytes else bytes(data)  # type: ignore[arg-type]
+        writer = self._writer or self._make_writer()
+        raw: bytes = data if data.__class__ is bytes else self._bytes_of(data)
         try:
-            (self._writer or self._make_writer()).write(raw)
+            writer.write(raw)
         except ValueError:
-            raise ValueError(f"the data of an entry has {self._published.size} bytes, not {len(raw)}") from None
+            raise self._no_data(f"{len(raw)} bytes") from None
+
+    def _bytes_of(self, data: object) -> bytes:
+        if not isinstance(data, type(self._live)) and not isinstance(data, (bytes, bytearray, memoryview)):
+            raise self._no_data(repr(data))
+        return bytes(data)  # type: ignore[arg-type]
+
+    def _no_data(self, what: str) -> UsageError:
+        spec = self._pool.spec
+        return UsageError(
+            f"the data of an entry of pool {spec.name} is a {spec.data.__name__}, or its {self._published.size} bytes, "
+            f"not {what}"
+        )
 
     def _make_writer(self) -> Writer:
-        writer = self._writer = Writer(self._published, self._place, self._salt)
+        if not self._pool._is_mine(self._control):
+            raise UsageError(
+                f"the data of {self!r} is published by its own worker alone",
+                hint="others may write single words of entry.data",
+            )
+        self._writer = writer = Writer(self._published, self._place, self._salt)
         return writer
 
     def _take_over(self) -> None:
@@ -210,6 +230,8 @@ class _Update(Generic[D]):
     def __init__(self, entry: Entry[Any, D]) -> None:
         self._entry = entry
         self._draft: D = type(entry._live).from_buffer_copy(entry.data)  # type: ignore[attr-defined]
+        if entry._writer is None:
+            entry._make_writer()  # whoever may not publish is told before the block
 
     def __enter__(self) -> D:
         return self._draft
@@ -323,14 +345,17 @@ class Pool(Generic[K, D]):
 
     def mine(self) -> Entry[K, D]:
         """The entry whose worker this is; see ``PoolSpec.entry``."""
-        handle = self.worker.handle
         for index in range(self._table.layout.capacity):
             control = self._table.entry(index).control
-            if control[_STATE] and (control[p.SLOT], control[p.SLOT_GENERATION]) == (handle.slot, handle.generation):
+            if control[_STATE] and self._is_mine(control):
                 entry = self._entry(index, control[_GENERATION])
                 entry._take_over()
                 return entry
         raise UsageError(f"worker {self.worker.name} is the worker of no entry of pool {self.spec.name}")
+
+    def _is_mine(self, control: memoryview) -> bool:
+        handle = self.worker.handle
+        return (control[p.SLOT], control[p.SLOT_GENERATION]) == (handle.slot, handle.generation)
 
     # Doing
 
