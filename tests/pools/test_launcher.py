@@ -62,6 +62,11 @@ def test_a_worker_that_dies_before_it_has_its_entry(bghost_host: StartHost) -> N
             self.pool.launch(Key(1), {"n": 1})
             self.note("gone: {}", self.pool.wait(Key(1), 10))
         return self.pool.reconcile({Key(1): {"n": 1}})
+
+    @bghost.hookimpl
+    def bghost_pool_launch_failed(self, worker, pool, event):
+        self.told(event)
+        self.note("pid {}: {}", event.pid, event.reason)
 """,
         entry="""
     @bghost.hookimpl
@@ -73,7 +78,12 @@ def test_a_worker_that_dies_before_it_has_its_entry(bghost_host: StartHost) -> N
 """,
     )
     host.wait_line("started key 1 generation 2")
-    assert notes(host, "manager")[:3] == ["gone: True", "1 launch_failed key 1 generation 1", "why: killed by SIGKILL"]
+    pid = host.wait_line(r"\[apply.1\] started, pid (\d+)").match[1]
+    assert notes(host, "manager")[:3] == [
+        "gone: True",
+        "1 launch_failed key 1 generation 1",
+        f"pid {pid}: killed by SIGKILL",
+    ]
     consistent(host)
 
 
@@ -89,7 +99,10 @@ def test_a_stop_while_it_starts(bghost_host: StartHost) -> None:
             self.pool.launch(Key(1), {"n": 1})
             with open("starting") as starting:
                 pid = int(starting.read())
-            self.note("state: {}", self.pool.get(Key(1)).state)
+            entry = self.pool.get(Key(1))
+            while entry.pid is None:
+                worker.wait(0.01)  # it may run before the host, which writes that down, does
+            self.note("state: {}, pid {}", entry.state, entry.pid == pid)
             self.note("stopped: {} {}", self.pool.stop(Key(1), 10), os.path.exists(f"/proc/{pid}"))
         return bghost.UNTIL_WOKEN
 """,
@@ -107,7 +120,7 @@ def test_a_stop_while_it_starts(bghost_host: StartHost) -> None:
     host.wait_row("apply.1", lambda row: row["state"] == "stopping")
     (host.sandbox.root / "stopping").open("w").close()
     host.wait_line("note: . (exited|launch_failed) key 1 generation 1")
-    assert notes(host, "manager")[:2] == ["state: starting", "stopped: True False"]
+    assert notes(host, "manager")[:2] == ["state: starting, pid True", "stopped: True False"]
     until(lambda: consistent(host)["used"] == 0)
 
 

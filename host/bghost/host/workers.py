@@ -175,6 +175,8 @@ class Registration:
             self._ended(Exit(1, orderly=True))
             return
         words[t.PID] = self.process.pid
+        if self.entry is not None:
+            self.entry.follow(self)
         self._ready_limit = self.host.timers.at(time.monotonic() + self.spec.ready_timeout, self._late)
         self.log.info("started, pid {}", self.process.pid)
 
