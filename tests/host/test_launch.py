@@ -386,6 +386,21 @@ note('end')
     host.client.stop("x")
 
 
+def test_a_failed_start_is_told_though_the_next_one_follows_at_once(bghost_host: StartHost) -> None:
+    """It is the same answer as where there is a delay: the next start may do better, and does not hide it."""
+    fails_once = """
+if not os.path.exists('has-failed'):
+    open('has-failed', 'w').close()
+    raise ValueError('the lamp is broken')
+"""
+    host = start(bghost_host)
+    with pytest.raises(BghostError, match="did not become ready") as refused:
+        host.client.launch(chaos("x", setup=fails_once, restart_after=0.0), wait=True)
+    assert "the lamp is broken" in str(refused.value.detail)
+    (row,) = host.client.wait("x", until="ready")
+    assert (row["state"], row["starts"]) == ("ready", 2)
+
+
 def test_a_worker_that_is_stopped_before_its_start_never_runs(bghost_host: StartHost) -> None:
     """It waited for another to be ready; its waiter is told."""
     held = table("held", tick="note('runs')", after=["slow"])

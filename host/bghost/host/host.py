@@ -220,15 +220,16 @@ class Host:
     def _turn(self) -> None:
         due = time.monotonic() if self.changed else self.timers.next()
         self._poller.turn(due)
-        self.timers.run(time.monotonic(), SHARE)
-        self.rotation.turn()
-        self._hand_out_log()
         if self._dead and self._orphans is not None:
             dead, self._dead = self._dead, {}
             self._orphans.sweep(dead)
         if self.changed:
             self.changed = False
             self._follow()
+        # Last: a death is told before the next start, which may be due by now. What changes here is followed next.
+        self.timers.run(time.monotonic(), SHARE)
+        self.rotation.turn()
+        self._hand_out_log()
 
     def _hand_out_log(self) -> None:
         """Give those that cannot open the log what has been opened anew."""
