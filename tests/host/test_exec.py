@@ -12,6 +12,7 @@ import pytest
 from chaos import CHAOS, table
 from support import Host, Sandbox, StartHost, until
 
+from bghost import WorkerSpec
 from bghost.shared.errors import BghostError
 
 PYTHON = [sys.executable, "-u", "-c"]
@@ -105,6 +106,72 @@ def test_signals(bghost_host: StartHost) -> None:
     assert host.client.stop("two", mode="fast") == {"stopped": ["two"], "killed": []}
     heard = re.findall("heard SIG.*", host.text())
     assert sorted(heard) == ["heard SIGINT", "heard SIGTERM", "heard SIGUSR1", "heard SIGUSR2"]  # no HUP by default
+
+
+ON_THE_WAY = """
+import collections
+
+def hold():
+    if not os.path.exists('held'):  # the first process alone
+        open('held', 'w').close()
+        print('is held', flush=True)
+        open('gate', 'rb').read(1)
+
+class Environment(collections.UserDict):
+    def keys(self):
+        hold()
+        return super().keys()
+
+class Word:
+    def __fspath__(self):
+        hold()
+        return '600'
+
+"""
+"""A worker that can be held where it has begun to become its program, and where nothing is left but execve."""
+
+HELD = {
+    "begun": "worker.become(['sleep', '600'], env=Environment(MORE='x'), stop_signal={})",
+    "ready": "worker.become(['sleep', Word()], stop_signal={})",
+}
+
+
+def hold(bghost_host: StartHost, where: str, stop_signal: int = signal.SIGTERM) -> tuple[Host, Path]:
+    """A host with the worker one, which is held there until something is written to that FIFO."""
+    host = start(bghost_host)
+    gate = host.sandbox.root / "gate"
+    os.mkfifo(gate)
+    code = ON_THE_WAY + HELD[where].format(int(stop_signal))
+    host.client.launch(WorkerSpec(kind="chaos", name="one", args={"setup": code}, stop_timeout=600, restart_after=0.05))
+    host.wait_line(r"\[one\] is held")
+    return host, gate
+
+
+@pytest.mark.parametrize("stop_signal", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(("where", "exit"), [("begun", "exit code 0"), ("ready", "killed by {}")])
+def test_a_stop_on_the_way_to_the_program(
+    where: str, exit: str, stop_signal: signal.Signals, bghost_host: StartHost
+) -> None:
+    """The worker ends instead, or the signal does what it does to a program; it is not lost in between."""
+    host, gate = hold(bghost_host, where, stop_signal)
+    stop = host.sandbox.start("stop", "one")
+    host.wait_row("one", lambda row: row["state"] in ("stopping", "stopped"))
+    with open(gate, "r+b", buffering=0) as opened:
+        opened.write(b"x")
+        assert stop.wait() == 0
+    row = host.row("one")
+    assert (row["state"], row["exit"]) == ("stopped", exit.format(stop_signal.name))
+
+
+@pytest.mark.parametrize(("where", "exit"), [("begun", "exit code 1"), ("ready", "killed by SIGTERM")])
+def test_a_sigterm_on_the_way_to_the_program(where: str, exit: str, bghost_host: StartHost) -> None:
+    """From elsewhere it ends the worker or its program, which is started again."""
+    host, gate = hold(bghost_host, where)
+    os.kill(host.row("one")["pid"] or 0, signal.SIGTERM)
+    with open(gate, "r+b", buffering=0) as opened:
+        opened.write(b"x")
+        row = host.wait_row("one", lambda row: row["starts"] == 2 and row["state"] == "ready")
+    assert row["exit"] == exit
 
 
 def test_a_stop_at_once(bghost_host: StartHost) -> None:

@@ -324,10 +324,13 @@ class Registration:
             self.process.kill_group()
         elif mode is StopMode.KILL or (mode is StopMode.IMMEDIATE and self.is_program):
             self._kill()
-        elif self.is_program:
-            self.process.signal(self._signal_word(t.STOP_SIGNAL) or signal.SIGTERM)
         elif mode is StopMode.SMART:
-            self.slot.wake(self.generation)
+            if not self.is_program:
+                self.slot.wake(self.generation)
+            if self.is_program:  # by now: it may have looked for a stop before there was one
+                self._signal_program()
+        elif self.is_program:
+            self._signal_program()
         else:
             if mode is StopMode.IMMEDIATE and before:
                 self.log.warning("did not stop in time, ended without cleanup")
@@ -339,6 +342,10 @@ class Registration:
             self._escalation = self.host.timers.at(deadline, lambda: self._press(StopMode(mode + 1)))
         else:
             self._escalation = self.host.timers.at(time.monotonic() + KILL_TIME, self._lose)
+
+    def _signal_program(self) -> None:
+        assert self.process is not None
+        self.process.signal(self._signal_word(t.STOP_SIGNAL) or signal.SIGTERM)
 
     def _kill(self) -> None:
         assert self.process is not None

@@ -265,10 +265,12 @@ class _Life:
 
     def _become(self, program: Program) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        if self.interrupts.stopping:
-            return  # asked to stop meanwhile: there is nothing to be begun any more
+        interrupts = self.interrupts
         try:
-            become(program, self._slot, self._birth.notify_socket, [self._birth.lock], self._ready)
+            if not interrupts.stopping:
+                notify_socket, lock = self._birth.notify_socket, self._birth.lock
+                become(program, self._slot, notify_socket, [lock], self._ready, lambda: interrupts.stopping)
+            self._stopped()  # before it was that program: there is nothing to be begun any more
         except BghostError as error:
             self._slot.note_error(str(error))
             self._log.error("{}", error)

@@ -5,7 +5,7 @@ import shutil
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import Any
 
 from bghost.shared import linux
 from bghost.shared import table as t
@@ -49,18 +49,34 @@ class NotRun(BghostError):
 
 
 def become(
-    program: Program, slot: t.Slot, notify_socket: str, inherit: Sequence[int], ready: Callable[[], None]
-) -> NoReturn:
-    """Replace this process. Its scopes are closed, and nothing that would have to be undone is left.
+    program: Program,
+    slot: t.Slot,
+    notify_socket: str,
+    inherit: Sequence[int],
+    ready: Callable[[], None],
+    stopping: Callable[[], bool],
+) -> None:
+    """Replace this process, or return where it was asked to stop meanwhile.
+
+    Its scopes are closed, and nothing that would have to be undone is left.
 
     :param notify_socket: where a program that says itself when it is ready says so.
     :param ready: tells the host that the worker is ready; called last, where the program does not say so itself.
     :param inherit: descriptors that stay open: the instance's lock.
+    :param stopping: whether the worker was asked to stop, as far as its handlers and the host's words tell.
     :raises NotRun: if there is no such program, or the kernel will not have it.
     """
     env = {**os.environ, **program.env}
     if program.notify:
         env["NOTIFY_SOCKET"] = notify_socket
+    # A handler's note is lost with this program's memory. So what ends a process is held back, then nobody's to catch;
+    # the host is told that from now on it is by the program's signal that it stops it; and only then is it seen whether
+    # a stop was asked for before. One that comes later ends this process, or finds the program.
+    ends = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, program.stop_signal, program.death_signal}
+    ends &= signal.valid_signals()  # without 0, which is no signal at all
+    handlers: dict[int, Any] = {}
+    stats = slot.stats
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # the handlers of what came before have run when this returns
     try:
         if program.cwd is not None:
             os.chdir(program.cwd)
@@ -70,17 +86,27 @@ def become(
         for fd in inherit:
             os.set_inheritable(fd, True)
         signal.set_wakeup_fd(-1)
-        for signum in (signal.SIGPIPE, signal.SIGXFSZ):
-            signal.signal(signum, signal.SIG_DFL)  # what is caught is reset by the kernel, what Python ignores is not
-        linux.prctl(linux.PR_SET_PDEATHSIG, program.death_signal)
-        stats = slot.stats
+        # What is caught is reset by the kernel; what Python ignores is not, and is caught here for that reason.
+        for signum in {signal.SIGPIPE, signal.SIGXFSZ, *ends}:
+            if callable(handler := signal.getsignal(signum)):
+                handlers[signum] = handler
+                signal.signal(signum, signal.SIG_DFL)
         stats[t.STOP_SIGNAL], stats[t.RELOAD_SIGNAL] = program.stop_signal, program.reload_signal
         slot.ready_output.write(program.ready_output)
         stats[t.EXECED] = 1
+        # A system call between that word and the look: the host, which writes first and then looks, makes one, too.
+        linux.prctl(linux.PR_SET_PDEATHSIG, program.death_signal)
+        if stopping():
+            return
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
         if not (program.notify or program.ready_output):
             ready()
         os.execve(path, list(program.argv), env)
     except (OSError, ValueError) as error:
-        slot.stats[t.EXECED] = 0
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise NotRun(f"{program.argv[0]!r} cannot be run", detail=reason) from None
+    finally:  # this process is a worker still
+        stats[t.EXECED] = 0
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
