@@ -13,12 +13,18 @@ from typing import Final
 
 from loguru import logger
 
-from bghost.host.holders import SLICE, Mark
+from bghost.host.holders import SLICE, Mark, wait_gone
 from bghost.shared.errors import HostError
 from bghost.shared.paths import Directories
 
 PATIENCE: Final = 10.0
 """Seconds that a start leaves to the guard of a dead host, beyond what that grants the workers."""
+
+KILL_TIME: Final = 1.0
+"""Seconds from SIGKILL until it is tried once more."""
+
+TRIES: Final = 3
+"""After which what a dead host has left counts as what cannot be killed."""
 
 
 def acquire(directories: Directories, stop_timeout: float) -> int:
@@ -45,20 +51,33 @@ def _take(fd: int, directories: Directories, stop_timeout: float) -> None:
     if not _within(0.0, fd, directories):
         logger.warning("processes of the last host of instance {} have not ended yet, waiting", directories.instance)
         _within(stop_timeout + PATIENCE, fd, directories)
-    for _ in range(3):
-        mark = Mark(directories.lock)
-        left = mark.all()
-        # Only now is it seen whether there is a new host: whoever is on the list was there before it.
-        taken = _within(0.0, fd, directories)
-        for pid, command in left.items():
-            logger.warning("left by the last host: pid {} ({}), killed", pid, command)
-            mark.kill(pid)
-        if taken or _within(1.0, fd, directories):
+    for _ in range(TRIES):
+        if _end_left(fd, directories):
             return
     raise HostError(
         f"processes of the last host of instance {directories.instance} cannot be ended",
         detail=", ".join(f"pid {pid} ({text})" for pid, text in Mark(directories.lock).all().items()),
     )
+
+
+def _end_left(fd: int, directories: Directories) -> bool:
+    """Kill what the last host has left, and wait for its end; whether nothing of it lives any more and the lock is had.
+
+    A process that was forked meanwhile has not been killed: it is for another try.
+    """
+    mark = Mark(directories.lock)
+    left = mark.all()
+    # Only now is it seen whether there is a new host: whoever is on the list was there before it.
+    taken = _within(0.0, fd, directories)
+    for pid, command in left.items():
+        logger.warning("left by the last host: pid {} ({}), killed", pid, command)
+        mark.kill(pid)
+    until = time.monotonic() + KILL_TIME
+    for pid in left:
+        wait_gone([pid], until)  # to its very end: the mark goes before all else that it holds does
+        while mark.on(pid) and time.monotonic() < until:
+            wait_gone([pid], until)  # a slice, where there are no pidfds
+    return (taken or _within(until - time.monotonic(), fd, directories)) and not (left and mark.all())
 
 
 def _within(seconds: float, fd: int, directories: Directories) -> bool:
