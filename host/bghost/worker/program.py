@@ -73,7 +73,7 @@ def become(
     # the host is told that from now on it is by the program's signal that it stops it; and only then is it seen whether
     # a stop was asked for before. One that comes later ends this process, or finds the program.
     ends = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, program.stop_signal, program.death_signal}
-    ends &= signal.valid_signals()  # without 0, which is no signal at all
+    ends &= signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}  # 0 is no signal at all, and these are nobody's
     handlers: dict[int, Any] = {}
     stats = slot.stats
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # the handlers of what came before have run when this returns
@@ -86,11 +86,9 @@ def become(
         for fd in inherit:
             os.set_inheritable(fd, True)
         signal.set_wakeup_fd(-1)
-        # What is caught is reset by the kernel; what Python ignores is not, and is caught here for that reason.
+        # What else is caught is reset by the kernel; what is ignored is not, and Python itself ignores two.
         for signum in {signal.SIGPIPE, signal.SIGXFSZ, *ends}:
-            if callable(handler := signal.getsignal(signum)):
-                handlers[signum] = handler
-                signal.signal(signum, signal.SIG_DFL)
+            handlers[signum] = signal.signal(signum, signal.SIG_DFL)
         stats[t.STOP_SIGNAL], stats[t.RELOAD_SIGNAL] = program.stop_signal, program.reload_signal
         slot.ready_output.write(program.ready_output)
         stats[t.EXECED] = 1
@@ -108,5 +106,5 @@ def become(
     finally:  # this process is a worker still
         stats[t.EXECED] = 0
         for signum, handler in handlers.items():
-            signal.signal(signum, handler)
+            signal.signal(signum, handler or signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
