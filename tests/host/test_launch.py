@@ -401,6 +401,20 @@ if not os.path.exists('has-failed'):
     assert (row["state"], row["starts"]) == ("ready", 2)
 
 
+def test_the_time_to_get_ready_begins_anew_after_a_wait(bghost_host: StartHost) -> None:
+    """Set-up's own work has all of it, though the wait ends when most of it is over; but no more than that."""
+    setup = """
+with worker.waiting('thing'):
+    worker.wait(0.6)
+    note('{}', time.monotonic())
+time.sleep(600)
+"""
+    host = start(bghost_host, table("late", setup=setup, ready_timeout=1.0, restart="never"))
+    works = host.wait_line(r"\[late\] note: (.+)")
+    host.wait_line(r"\[late\] not ready within 1 s, killed", after=works)
+    assert time.monotonic() - float(works.match[1]) > 1.0
+
+
 def test_a_worker_that_is_stopped_before_its_start_never_runs(bghost_host: StartHost) -> None:
     """It waited for another to be ready; its waiter is told."""
     held = table("held", tick="note('runs')", after=["slow"])

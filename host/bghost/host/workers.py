@@ -223,9 +223,12 @@ class Registration:
 
     def _late(self) -> None:
         if self.state is State.STARTING and self.process is not None:
-            if self.slot.doing is Doing.WAITING:
-                # For a database, say: the limit is for set-up's own work, and stands still meanwhile.
-                self._ready_limit = self.host.timers.at(time.monotonic() + self.spec.ready_timeout, self._late)
+            # In a wait, for a database, say, the limit stands still, and after it begins anew: it is for set-up's own
+            # work, of which each attempt in a long outage costs some. What the worker says of times to come is nothing.
+            now, waits = time.monotonic(), self.slot.doing is Doing.WAITING
+            began = now if waits else min(now, self.slot.stats[t.WAIT_ENDED] / 1e9)
+            if (limit := began + self.spec.ready_timeout) > now:
+                self._ready_limit = self.host.timers.at(limit, self._late)
                 return
             text = f"not ready within {self.spec.ready_timeout:g} s, killed"
             self._note(text)

@@ -101,7 +101,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     :param restart: after which exits a new process is started.
     :param restart_after: seconds from a failed exit to the next start; doubles while failures follow each other.
     :param restart_max: seconds, the longest such delay.
-    :param ready_timeout: seconds that ``bghost_setup`` may take.
+    :param ready_timeout: seconds that ``bghost_setup`` may take, from the end of its last wait that has a name on.
     :param tick_timeout: seconds that a tick may take before the worker counts as stuck; ``None``: no limit.
     :param stop_timeout: seconds a smart stop may take; ``None``: the host's.
     :param after: names of workers that must be ready before this one is first started.

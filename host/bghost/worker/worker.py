@@ -343,7 +343,10 @@ class Worker(Generic[S]):
 
     @contextmanager
     def waiting(self, name: str) -> Iterator[None]:
-        """``bghost ps`` shows this worker as waiting for *name* within the block (pgstat_report_wait_start)."""
+        """``bghost ps`` shows this worker as waiting for *name* within the block (pgstat_report_wait_start).
+
+        In set-up ``ready_timeout`` stands still meanwhile, and begins anew afterwards.
+        """
         stats = self.slot.stats
         outer_doing, outer = stats[t.DOING], self.slot.wait.read()
         self.slot.wait.write(name)
@@ -351,6 +354,7 @@ class Worker(Generic[S]):
         try:
             yield
         finally:
+            stats[t.WAIT_ENDED] = time.monotonic_ns()  # first: who sees the worker wait no more finds it
             stats[t.DOING] = outer_doing
             self.slot.wait.write(outer)
 

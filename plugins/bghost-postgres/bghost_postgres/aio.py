@@ -425,7 +425,9 @@ class AsyncDatabase(BaseDatabase["psycopg.AsyncConnection[Any]"]):
                     break
                 except psycopg.OperationalError as error:
                     worker.backend_pid = None
-                    if not await loop.run_in_executor(None, self._passes, error):
+                    with worker.waiting("database"):
+                        passes = await loop.run_in_executor(None, self._passes, error)
+                    if not passes:
                         if refused:
                             raise
                         refused = True  # it may have come up between the attempt and the question
@@ -452,7 +454,8 @@ class AsyncDatabase(BaseDatabase["psycopg.AsyncConnection[Any]"]):
         failure: psycopg.OperationalError | None = None
         for conninfo, timeout in self._attempts():
             try:
-                pgconn = await waiting.wait_conn_async(generators.connect(conninfo), _NEVER, timeout)
+                with self._worker.waiting("database"):
+                    pgconn = await waiting.wait_conn_async(generators.connect(conninfo), _NEVER, timeout)
             except errors._WaitTimeout:
                 failure = errors.ConnectionTimeout("connection timeout expired")
                 continue

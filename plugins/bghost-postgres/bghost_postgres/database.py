@@ -412,7 +412,9 @@ class Database(BaseDatabase["psycopg.Connection[Any]"], SyncSession):
                     break
                 except psycopg.OperationalError as error:
                     worker.backend_pid = None
-                    if not self._passes(error):
+                    with worker.waiting("database"):
+                        passes = self._passes(error)
+                    if not passes:
                         if refused:
                             raise
                         refused = True  # it may have come up between the attempt and the question
@@ -447,7 +449,8 @@ class Database(BaseDatabase["psycopg.Connection[Any]"], SyncSession):
         failure: psycopg.OperationalError | None = None
         for conninfo, timeout in self._attempts():
             try:
-                connection = establish(conninfo, self._worker, timeout)
+                with self._worker.waiting("database"):
+                    connection = establish(conninfo, self._worker, timeout)
             except psycopg.OperationalError as error:
                 failure = error
                 continue

@@ -275,6 +275,9 @@ class Worker:
         self.activities.append(text)
         yield
 
+    def waiting(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     def hold_interrupts(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 

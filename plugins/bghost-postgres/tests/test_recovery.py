@@ -215,8 +215,8 @@ def test_one_worker_of_many_probes_a_server_that_is_down(sandbox: Sandbox) -> No
         def waits() -> bool:
             return sum(row["wait"] == "database" for row in host.client.ps()) == count
 
-        until(waits, 30 * SLOW)
-        (first,) = probers(host)
+        until(lambda: host.text().count("cannot be reached") == count, 30)  # none is in its first attempt still
+        (first,) = until(lambda: probers(host) if waits() else [])
         server.connections.clear()
         began = time.monotonic()
         until(lambda: len(server.connections) >= 6, 20 * SLOW)  # three probes, a ping with each
@@ -263,7 +263,7 @@ def test_an_outage_is_over_for_all_at_once(sandbox: Sandbox, database_uri: str, 
         "run", "probe", "--count", "5", "--set", f"postgres.dsn=host={tmp_path} port={port} user=postgres"
     )
     host.wait_answering()
-    until(lambda: sum(row["wait"] == "database" for row in host.client.ps()) == 5, 30 * SLOW)
+    until(lambda: host.text().count("cannot be reached") == 5, 30)
     os.symlink(f"{directory}/.s.PGSQL.{port}", tmp_path / f".s.PGSQL.{port}")
     until(lambda: host.text().count("can be reached again") == 5, 40 * SLOW)
     assert host.text().count("cannot be reached") == 5

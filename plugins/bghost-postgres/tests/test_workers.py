@@ -18,6 +18,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from support import SLOW, Host, Sandbox, until
 
+from bghost import HostError, WorkerSpec
 from bghost_postgres.testing import Home
 
 Session = psycopg.Connection[Any]
@@ -194,6 +195,7 @@ def test_a_server_that_is_full_is_waited_for(sandbox: Sandbox, database_uri: str
 def test_a_stop_ends_the_wait_for_a_server(sandbox: Sandbox, stop_time: StopTime) -> None:
     """A smart stop too: nothing was begun."""
     host = start(sandbox, COUNT, "--set", "postgres.dsn=host=/nowhere connect_timeout=2")
+    host.wait_line("the database cannot be reached, waiting for it")
     host.wait_row("probe", lambda row: row["wait"] == "database")
     host.signal(signal.SIGTERM)
     assert host.wait() == 0
@@ -219,8 +221,8 @@ def test_a_server_that_takes_no_more_connections_and_one_that_is_mute(
         held = [stack.enter_context(session) for _ in range(8) if (session := until(one))]
         dsn = f"{cluster.uri} connect_timeout=2"
         host = start(sandbox, COUNT, "--count", str(count), "--set", f"postgres.dsn={dsn}")
-        until(lambda: sum(row["wait"] == "database" for row in host.client.ps()) == count, 30 * SLOW)
-        assert host.text().count(f"too many clients already {LIMIT}") == count
+        until(lambda: host.text().count(f"too many clients already {LIMIT}") == count, 30)
+        assert host.text().count("cannot be reached") == count
         before, began = received(), time.monotonic()
         until(lambda: received() >= before + 8, 20 * SLOW)  # four probes or so, each with a ping
         assert time.monotonic() - began > 0.9  # from six workers it would be at once
@@ -276,6 +278,62 @@ def test_a_server_that_comes_up_between_an_attempt_and_the_question_why(sandbox:
         assert (row["starts"], row["errors"]) == (1, 0), host.text()
         assert host.client.shutdown()["killed"] == []
         listener.shutdown(socket.SHUT_RDWR)
+
+
+SETUP: Final = """\
+import time
+import bghost, bghost_postgres
+
+class Kind:
+    @bghost.hookimpl
+    {}
+
+    @bghost.hookimpl
+    def bghost_tick(self, worker):
+        return bghost.UNTIL_WOKEN
+"""
+HANGS: Final = "def bghost_setup(self, worker): time.sleep(600)"
+READY: Final = {
+    "plain": "def bghost_setup(self, worker): bghost_postgres.connect(worker).execute('select 1')",
+    "awaited": "async def bghost_setup(self, worker): await bghost_postgres.connect_async(worker).execute('select 1')",
+}
+
+
+@pytest.mark.parametrize("sort", READY)
+def test_the_time_to_get_ready_stands_still_while_a_server_is_mute(
+    sandbox: Sandbox, database_uri: str, sort: str
+) -> None:
+    """An attempt that takes longer, and asking the server why one has failed, are waits for the database."""
+    sandbox.kinds({"probe": SETUP.format(READY[sort]), "hangs": SETUP.format(HANGS)})
+    real = conninfo_to_dict(database_uri)
+    path = f"{real['host']}/.s.PGSQL.{real['port']}"
+    limit = 2 * SLOW
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(30 * SLOW)
+        dsn = make_conninfo(
+            database_uri, host="127.0.0.1", port=listener.getsockname()[1], connect_timeout=600, sslmode="disable"
+        )
+        sandbox.config(
+            f'[host]\nkinds = ["hangs"]\n[[worker]]\nkind = "probe"\nready_timeout = {limit}\n'
+            f'[postgres]\ndsn = "{dsn} gssencmode=disable"\n'
+        )
+        host = sandbox.start_host("run")
+        host.wait_answering()
+        listener.accept()[0].close()  # the attempt, as if there were no server yet
+        with listener.accept()[0]:  # the question
+            assert host.wait_row("probe", lambda row: row["pid"])["wait"] == "database"
+        connection, _ = listener.accept()
+        row = host.row("probe")
+        assert (row["state"], row["starts"], row["wait"]) == ("starting", 1, "database")
+        with pytest.raises(HostError, match="hangs did not become ready: not ready within"):  # whose limit came later
+            host.client.launch(WorkerSpec(kind="hangs", restart="never", ready_timeout=limit), wait=True)
+        assert "[probe] not ready within" not in host.text()
+        answers = threading.Thread(target=forward, args=[connection, path])
+        answers.start()
+        host.client.wait("probe")
+        assert host.row("probe")["pid"] == row["pid"]
+        assert host.client.shutdown()["killed"] == []
+        answers.join()
 
 
 def test_an_attempt_to_connect_has_five_seconds(sandbox: Sandbox) -> None:
