@@ -20,15 +20,9 @@ from psycopg.rows import TupleRow
 
 from bghost_postgres.blocks import Block, Wanted, wanted
 from bghost_postgres.connection import CANCEL_AGAIN, CANCEL_LIMIT, Watched, ends_transaction, first_line, query_text
-from bghost_postgres.database import (
-    FIRST_DELAY,
-    LONGEST_DELAY,
-    BaseDatabase,
-    listen_command,
-    setting_command,
-)
+from bghost_postgres.database import BaseDatabase, listen_command, setting_command
 from bghost_postgres.errors import CommitUnknown, TransactionError
-from bghost_postgres.outage import Outage
+from bghost_postgres.outage import Patience
 from bghost_postgres.session import command
 
 if TYPE_CHECKING:
@@ -414,41 +408,18 @@ class AsyncDatabase(BaseDatabase["psycopg.AsyncConnection[Any]"]):
     # Connecting
 
     async def _connect(self) -> AsyncConnection:
-        worker, outage = self._worker, Outage(self._conninfo)
-        loop = asyncio.get_running_loop()
-        began: float | None = None
-        delay, refused = FIRST_DELAY, False
-        try:
+        worker, loop = self._worker, asyncio.get_running_loop()
+        with Patience(worker, self._conninfo) as patience:
             while True:
                 try:
-                    connection = await self._attempt()
-                    break
+                    return await self._attempt()
                 except psycopg.OperationalError as error:
                     worker.backend_pid = None
                     with worker.waiting("database"):
-                        passes = await loop.run_in_executor(None, self._passes, error)
-                    if not passes:
-                        if refused:
-                            raise
-                        refused = True  # it may have come up between the attempt and the question
-                        continue
-                    refused = False
-                    if began is None:
-                        began = time.monotonic()
-                        self._tell(error)
-                turn = None if outage.probes else outage.follow()
+                        passes = await loop.run_in_executor(None, patience.passes, error)
+                    seconds, fds = patience.pause(error, passes=passes)
                 with worker.waiting("database"):
-                    if turn is None:
-                        await asyncio.sleep(delay)
-                        delay = min(delay * 2, LONGEST_DELAY)
-                    else:
-                        await _readable(turn, LONGEST_DELAY)
-            outage.leave(back=True)
-        finally:
-            outage.leave()
-        if began is not None:
-            worker.log.info("the database can be reached again, after {:.1f} s", time.monotonic() - began)
-        return connection
+                    await _readable(fds, seconds)
 
     async def _attempt(self) -> AsyncConnection:
         failure: psycopg.OperationalError | None = None
@@ -510,7 +481,8 @@ async def _call(functions: list[Callable[[], Any]]) -> None:
         raise failed
 
 
-async def _readable(fd: int, timeout: float) -> None:
+async def _readable(fds: tuple[int, ...], timeout: float) -> None:
+    """Sleep until one of *fds* can be read, *timeout* seconds at most."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[None] = loop.create_future()
 
@@ -518,8 +490,10 @@ async def _readable(fd: int, timeout: float) -> None:
         if not future.done():
             future.set_result(None)
 
-    loop.add_reader(fd, wake)
+    for fd in fds:
+        loop.add_reader(fd, wake)
     try:
         await asyncio.wait({future}, timeout=timeout)
     finally:
-        loop.remove_reader(fd)
+        for fd in fds:
+            loop.remove_reader(fd)

@@ -15,25 +15,17 @@ from psycopg.rows import TupleRow
 
 from bghost import ConfigError, NotFound, Scope, Stop
 from bghost_postgres.blocks import Block
-from bghost_postgres.connection import INTRANS, Connection, Watched, establish, first_line
+from bghost_postgres.connection import INTRANS, Connection, Watched, establish
 from bghost_postgres.errors import TransactionError
 from bghost_postgres.extension import Postgres, PostgresSettings, problem_of_dsn
-from bghost_postgres.outage import Outage
+from bghost_postgres.outage import Patience
 from bghost_postgres.session import Session, SyncSession
 
 if TYPE_CHECKING:
     from bghost import Worker
 
 CONNECT_TIMEOUT: Final = 5  # seconds for one attempt, where dsn and environment do not say
-PING_TIMEOUT: Final = 2  # seconds; the shortest that libpq knows
-FIRST_DELAY: Final = 0.5  # seconds before the second attempt to reach the server; doubles
-LONGEST_DELAY: Final = 30.0
 CHECK_INTERVAL: Final = "500ms"  # in which the server notices that a client died in a query
-
-# What the server says while it cannot be used, but will be: shutting down, crashed, starting; no connection left.
-_PASSING: Final = frozenset({"57P01", "57P02", "57P03", "53300"})
-# The same as the words of an error that came before the connection was there: libpq tells no SQLSTATE of those.
-_FULL: Final = ("too many clients", "too many connections", "remaining connection slots")
 
 # What a rollback does not undo, by the word that keeps it; in the order of DISCARD ALL, which has to be sent alone.
 _RESETS: Final = {
@@ -267,24 +259,6 @@ class BaseDatabase(Session[C], ABC):
         self._was_reset = False
         self._worker.backend_pid = connection.info.backend_pid
 
-    def _passes(self, error: psycopg.OperationalError) -> bool:
-        """Whether *error* of an attempt to connect is one that waiting mends."""
-        if error.sqlstate is not None:
-            return error.sqlstate in _PASSING
-        if isinstance(error, psycopg.errors.ConnectionTimeout):
-            return True
-        # No SQLSTATE is told of an error before the connection was there, and the words may be in any language: ask
-        # libpq once more, which does tell whether a server answered (with a refusal, then), or is not ready for it.
-        answer = pq.PGconn.ping(make_conninfo(self._conninfo, connect_timeout=PING_TIMEOUT).encode())
-        if answer in (pq.Ping.NO_RESPONSE, pq.Ping.REJECT):
-            return True
-        return answer == pq.Ping.OK and _is_full(error)
-
-    def _tell(self, error: psycopg.OperationalError) -> None:
-        """Say that an outage has begun."""
-        limit = " (max_connections, or the connection limit of the role or the database)" if _is_full(error) else ""
-        self._worker.log.warning("the database cannot be reached, waiting for it: {}{}", first_line(error), limit)
-
 
 class Database(BaseDatabase["psycopg.Connection[Any]"], SyncSession):
     """What :func:`connect` gives. It outlives outages: a broken connection is replaced at its next use.
@@ -402,10 +376,8 @@ class Database(BaseDatabase["psycopg.Connection[Any]"], SyncSession):
     # Connecting
 
     def _connect(self) -> Connection:
-        worker, outage = self._worker, Outage(self._conninfo)
-        began: float | None = None
-        delay, awake, refused = FIRST_DELAY, False, False
-        try:
+        worker, awake = self._worker, False
+        with Patience(worker, self._conninfo) as patience:
             while True:
                 try:
                     connection = self._attempt()
@@ -413,33 +385,17 @@ class Database(BaseDatabase["psycopg.Connection[Any]"], SyncSession):
                 except psycopg.OperationalError as error:
                     worker.backend_pid = None
                     with worker.waiting("database"):
-                        passes = self._passes(error)
-                    if not passes:
-                        if refused:
-                            raise
-                        refused = True  # it may have come up between the attempt and the question
-                        continue
-                    refused = False
-                    if began is None:
-                        began = time.monotonic()
-                        self._tell(error)
-                turn = None if outage.probes else outage.follow()
+                        passes = patience.passes(error)
+                    seconds, fds = patience.pause(error, passes=passes)
                 with worker.waiting("database"):
-                    until = time.monotonic() + (delay if turn is None else LONGEST_DELAY)
+                    until = time.monotonic() + seconds
                     while (left := until - time.monotonic()) > 0:
-                        woken = worker.wait(left) if turn is None else worker.wait(left, turn)
+                        woken = worker.wait(left, *fds)
                         awake = "wake" in woken or awake
                         if worker.stopping:
                             raise Stop  # nothing was begun that would have to be finished
                         if "fd" in woken:
                             break
-                if turn is None:
-                    delay = min(delay * 2, LONGEST_DELAY)
-            outage.leave(back=True)
-        finally:
-            outage.leave()
-        if began is not None:
-            worker.log.info("the database can be reached again, after {:.1f} s", time.monotonic() - began)
         if awake:
             worker.wake()  # it was meant for the worker's own next wait
         return connection
@@ -508,10 +464,6 @@ def _configured(worker: "Worker[Any]", dsn: str | None, params: dict[str, ConnPa
         return make_conninfo("", **(wanted | params)), extension.settings
     except psycopg.ProgrammingError as error:
         raise ConfigError(f"worker {worker.name} cannot connect: {error}") from None
-
-
-def _is_full(error: psycopg.OperationalError) -> bool:
-    return error.sqlstate == "53300" or any(words in str(error) for words in _FULL)
 
 
 def setting_command(name: str, value: str) -> str:
