@@ -71,6 +71,22 @@ def test_a_tick_that_waits_is_not_stuck(bghost_host: StartHost) -> None:
     assert row["starts"] == 1 and "stuck" not in row["flags"]  # starved it may be, on a busy machine
 
 
+def test_the_time_of_a_tick_begins_anew_after_a_wait(bghost_host: StartHost) -> None:
+    """Its own work has all of it, and no more than that, however long the tick has waited before."""
+    wedge = """
+        works = time.monotonic() + 0.7
+        worker.wait(0.7)
+        worker.log.info("note: {}", works)
+        with worker.interruptible():
+            time.sleep(600)
+"""
+    host = bghost_host(kinds={"wedged": WEDGED.format(wedge=wedge)}, args=["run"], config=CONFIG)
+    works = host.wait_line(r"note: (.+)")
+    host.wait_line(r"\[wedged\] stuck: a tick has not ended within 0.5 s", after=works)
+    assert time.monotonic() - float(works.match[1]) > 0.5
+    host.wait_row("wedged", lambda row: row["starts"] == 2)
+
+
 def test_the_watch_sleeps_with_its_worker(bghost_host: StartHost) -> None:
     """While a worker with a tick_timeout is idle, nothing wakes the host."""
     source = """

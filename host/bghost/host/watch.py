@@ -22,7 +22,7 @@ STARVED_SHARE = 0.5  # of a timeout spent running, below which a worker that cou
 class TickWatch:
     """Watches the ticks of one worker.
 
-    :param timeout: seconds that a tick may take; time spent in a wait of bghost does not count.
+    :param timeout: seconds that a tick may take; in a wait of bghost's they stand still, and begin anew after it.
     :param on_stuck: called once, when a tick has taken longer.
     """
 
@@ -72,7 +72,9 @@ class TickWatch:
             if starved:
                 worker.log.warning("starved: it could run, and gets no processor")
         stuck = tick == self._tick and worker.slot.doing is not Doing.WAITING and not starved
-        if stuck and time.monotonic_ns() - tick >= self._timeout * 1e9:
+        now = time.monotonic_ns()
+        began = max(tick, min(stats[t.WAIT_ENDED], now))  # of what it does since
+        if stuck and now - began >= self._timeout * 1e9:
             self._on_stuck()
         else:
             self._arm()

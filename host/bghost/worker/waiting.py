@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from bghost.shared import linux
 from bghost.shared.spec import Doing
-from bghost.shared.table import DOING, DOING_INDEX
+from bghost.shared.table import DOING, DOING_INDEX, WAIT_ENDED
 
 if TYPE_CHECKING:
     from bghost.worker.worker import Worker
@@ -73,8 +73,8 @@ def sleep(
     interrupts = worker.interrupts
     stats = worker.slot.stats
     latch = worker.slot.latch.read_fd
-    doing, shown = stats[DOING], worker.shows_waits
-    if shown and worker.interrupts.ticking:
+    doing, shown = stats[DOING], worker.shows_waits and interrupts.ticking
+    if shown:
         stats[DOING] = _WAITING
     woken: set[str] = set()
     watched = fds if timer < 0 else (*fds, timer)
@@ -114,6 +114,7 @@ def sleep(
         raise
     finally:
         if shown:
+            stats[WAIT_ENDED] = time.monotonic_ns()  # first, as in Worker.waiting()
             stats[DOING] = doing
 
 
