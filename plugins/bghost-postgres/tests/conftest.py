@@ -5,21 +5,18 @@ import fcntl
 import glob
 import os
 import pwd
-import re
 import shutil
 import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from datetime import datetime
 from types import SimpleNamespace
 from typing import Any, Final
 
 import psycopg
 import pytest
 from psycopg import sql
-from support import Host
 
 from bghost import HostError, NotFound, Scope
 from bghost_postgres.embedded.binaries import find
@@ -227,18 +224,6 @@ def other(database_uri: str, request: pytest.FixtureRequest) -> Iterator[psycopg
         if tables := getattr(request.module, "TABLES", ""):
             session.execute(tables)
         yield session
-
-
-@pytest.fixture
-def stop_time() -> Callable[[Host], float]:
-    """How many seconds a host, and its workers, took to stop, by its own log: however slow the machine is."""
-
-    def took(host: Host) -> float:
-        stamps = re.findall(r"^(\S+ \S+) INFO +\[host\] (?:stopping,|host of instance \S+ ends)", host.text(), re.M)
-        began, ended = (datetime.fromisoformat(stamp) for stamp in (stamps[0], stamps[-1]))
-        return (ended - began).total_seconds()
-
-    return took
 
 
 class Worker:

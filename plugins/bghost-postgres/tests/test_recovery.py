@@ -4,15 +4,15 @@ import contextlib
 import os
 import signal
 import socket
-import threading
 import time
-from pathlib import Path
 from typing import Any, Final
 
 import psycopg
 import pytest
-from support import SLOW, Host, Sandbox, until
+from outages import Door, prober
+from support import SLOW, Sandbox, until
 
+from bghost_postgres.outage import LONGEST_DELAY
 from bghost_postgres.outage import Outage
 
 Session = psycopg.Connection[Any]
@@ -136,31 +136,6 @@ def test_a_notification_wakes_the_worker(sandbox: Sandbox, database_uri: str, ot
     assert host.row("probe")["errors"] == 0
 
 
-class Silent:
-    """A server that takes connections and ends them at once, until it is closed; counts them."""
-
-    def __init__(self) -> None:
-        self.socket = socket.create_server(("127.0.0.1", 0), backlog=128)
-        self.port = self.socket.getsockname()[1]
-        self.connections: list[float] = []
-        self._thread = threading.Thread(target=self._serve)
-        self._thread.start()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                connection, _ = self.socket.accept()
-            except OSError:
-                return
-            self.connections.append(time.monotonic())
-            connection.close()
-
-    def close(self) -> None:
-        self.socket.shutdown(socket.SHUT_RDWR)
-        self.socket.close()
-        self._thread.join()
-
-
 TICK: Final = """\
 import bghost, bghost_postgres
 
@@ -176,61 +151,24 @@ class Kind:
 """
 
 
-def probers(host: Host) -> list[int]:
-    """The workers that listen on the abstract name by which a server's prober is known."""
-    listening = {
-        fields[6]
-        for fields in map(str.split, Path("/proc/net/unix").read_text().splitlines()[1:])
-        if fields[-1].startswith("@bghost-postgres-") and int(fields[3], 16) & ACCEPTS
-    }
-    return [
-        pid
-        for pid in (row["pid"] for row in host.client.ps())
-        if pid and any(f"socket:[{inode}]" in sockets(pid) for inode in listening)
-    ]
-
-
-ACCEPTS: Final = 0x10000  # __SO_ACCEPTCON, of the flags in /proc/net/unix
-
-
-def sockets(pid: int) -> set[str]:
-    """What a process' descriptors are."""
-    found = set()
-    for fd in os.listdir(f"/proc/{pid}/fd"):
-        with contextlib.suppress(FileNotFoundError):  # closed since
-            found.add(os.readlink(f"/proc/{pid}/fd/{fd}"))
-    return found
-
-
 def test_one_worker_of_many_probes_a_server_that_is_down(sandbox: Sandbox) -> None:
     """Each tries once; from then on there is one that does, though it be another one after the first was killed."""
-    count = 20
-    server = Silent()
-    try:
+    count, began = 20, time.monotonic()
+    with contextlib.closing(Door(sandbox.root, socket.socket.close)) as door:
         sandbox.kinds({"probe": TICK})
-        dsn = f"host=127.0.0.1 port={server.port} user=u dbname=d sslmode=disable gssencmode=disable"
-        host = sandbox.start_host("run", "probe", "--count", str(count), "--set", f"postgres.dsn={dsn}")
+        host = sandbox.start_host("run", "probe", "--count", str(count), "--set", f"postgres.dsn={door.dsn}")
         host.wait_answering()
-
-        def waits() -> bool:
-            return sum(row["wait"] == "database" for row in host.client.ps()) == count
-
-        until(lambda: host.text().count("cannot be reached") == count, 30)  # none is in its first attempt still
-        (first,) = until(lambda: probers(host) if waits() else [])
-        server.connections.clear()
-        began = time.monotonic()
-        until(lambda: len(server.connections) >= 6, 20 * SLOW)  # three probes, a ping with each
-        # Delays of 0.5, 1, 2, 4 s ...: from its first probe it takes three seconds to the third one's. A worker that
-        # looked between the prober's bind and its listen probes for itself once.
-        assert time.monotonic() - began > 0.9
+        first = until(lambda: prober(host, count - 1), 60)
         assert host.text().count("cannot be reached") == count
+        door.forget()
+        until(lambda: door.pids.count(first) >= 6, 60)  # three probes, a ping with each
+        others = sum(pid != first for pid in door.pids)
+        assert others <= 2 * (count - 1) * int((time.monotonic() - began) / LONGEST_DELAY)
         os.kill(first, signal.SIGKILL)
-        host.wait_line("killed by SIGKILL; started again", 10 * SLOW)
-        until(lambda: waits() and len(probers(host)) == 1 and first not in probers(host), 30 * SLOW)
+        host.wait_line("killed by SIGKILL; started again")
+        assert until(lambda: prober(host, count - 1), 60) != first
         host.signal(signal.SIGINT)
         assert host.wait() == 0
-    finally:
-        server.close()
 
 
 def test_who_waits_for_a_probe_is_told_of_its_end() -> None:
