@@ -20,6 +20,7 @@ import psycopg
 import pytest
 from support import SLOW, until
 
+from bghost_postgres.embedded import locks
 from bghost_postgres.embedded.binaries import find
 from bghost_postgres.embedded.lease import Status, status
 from bghost_postgres.embedded.place import Place
@@ -32,6 +33,7 @@ needs_root: Final = pytest.mark.skipif(not ROOT, reason="only root can be somebo
 USER: Final = """\
 import os, sys, time
 from bghost import BghostError
+from bghost_postgres.embedded import locks
 from bghost_postgres.embedded.binaries import find
 from bghost_postgres.embedded.lease import take
 try:
@@ -434,16 +436,39 @@ def test_racers_get_one_server(fresh: Callable[..., Embedded]) -> None:
     assert ended(status.pid, 0)
 
 
+def copied(site: Path) -> Path:
+    """Make a copy of the wheel in *site*, for PYTHONPATH; where its PostgreSQL is."""
+    prefix = Path(find().prefix)
+    package = site / prefix.parent.name
+    shutil.copytree(prefix, package / prefix.name, ignore=shutil.ignore_patterns("include"))
+    (package / "__init__.py").touch()
+    libraries = f"{prefix.parent.name}.libs"
+    if (prefix.parent.parent / libraries).is_dir():
+        shutil.copytree(prefix.parent.parent / libraries, site / libraries)
+    return package / prefix.name
+
+
 def test_an_interrupted_initdb_is_done_again(fresh: Callable[..., Embedded]) -> None:
     """Everything is killed while initdb works: the next start says so, makes the cluster anew, and it works."""
     embedded = fresh()
-    first = embedded.user()
-    unfinished = embedded.home.cluster / "data.unfinished"
-    until(lambda: (unfinished / "base").exists(), 20)
-    keeper = embedded.status().keeper
-    assert keeper is not None
-    first.kill()
-    os.kill(keeper, signal.SIGKILL)
+    control = copied(embedded.home.path / "site") / "share/postgresql/extension/plpgsql.control"
+    control.unlink()
+    os.mkfifo(control)  # one of the last files that initdb has the server read
+    control.chmod(0o644)
+    first = embedded.user(PYTHONPATH=str(embedded.home.path / "site"))
+    with control.open("w"):  # once it is opened at the other end: from then on that waits for a word
+        unfinished = embedded.home.cluster / "data.unfinished"
+        assert (unfinished / "base").exists()
+        keeper = embedded.status().keeper
+        assert keeper is not None
+        first.kill()
+        os.kill(keeper, signal.SIGKILL)
+        assert ended(keeper, 10)
+        working = locks.holders(str(embedded.home.cluster / "server.lock"), shared=False)
+        assert working
+        for pid in working:
+            os.kill(pid, signal.SIGKILL)
+        assert all(ended(pid, 10) for pid in working)
     second = embedded.up()
     assert any("left unfinished" in line for line in second.said)
     assert embedded.query("select 1") == 1
