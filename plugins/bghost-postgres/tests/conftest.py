@@ -240,6 +240,10 @@ class Worker:
         self.participants: list[Any] = []
         self.activities: list[str] = []
         self.interrupt: BaseException | None = None
+        self.on_activity: Callable[[], object] = lambda: None
+        """Called when a query's text is shown."""
+        self.on_wakeup: Callable[[], object] = lambda: None
+        """Called when a wait has ended for what was rung."""
         self._settings = settings
         self._wakeup, self._alarm = os.pipe()
         self.wakeup_fds = (self._wakeup,)
@@ -258,6 +262,7 @@ class Worker:
     @contextlib.contextmanager
     def activity(self, text: str) -> Iterator[None]:
         self.activities.append(text)
+        self.on_activity()
         yield
 
     def waiting(self, name: str) -> contextlib.AbstractContextManager[None]:
@@ -281,6 +286,7 @@ class Worker:
 
     def handle_wakeup(self) -> None:
         os.read(self._wakeup, 100)
+        self.on_wakeup()
         interrupt, self.interrupt = self.interrupt, None
         if interrupt is not None:
             raise interrupt

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import psycopg
@@ -38,6 +38,22 @@ def db(worker: Worker, database_uri: str) -> Database:
     return db
 
 
+HOLD: Final = "select pg_advisory_lock(1)"
+LET_GO: Final = "select pg_advisory_unlock(1)"
+
+
+def later(function: Callable[..., object], *args: object) -> None:
+    """Call *function* when what has seen an interrupt has had time to do the wrong thing, if that is what it does."""
+    threading.Timer(0.1, function, args).start()
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that is slow to answer has a minute, where it is not about the two seconds that it has."""
+    for module in ("connection", "aio"):
+        monkeypatch.setattr(f"bghost_postgres.{module}.CANCEL_LIMIT", 60.0)
+
+
 def rows(session: Session) -> list[int]:
     return [n for (n,) in session.execute("select n from t order by n")]
 
@@ -55,9 +71,12 @@ def test_connect_touches_no_network(worker: Worker) -> None:
 def test_a_connection_says_whose_it_is(db: Database, worker: Worker, other: Session) -> None:
     """Application name and backend pid are the worker's; the text of a query that takes a while is its activity."""
     worker.activities.clear()
-    (name, _) = db.execute("select current_setting('application_name'), pg_sleep(0.5)").fetchall()[0]
+    other.execute(HOLD)
+    worker.on_activity = lambda: other.execute(LET_GO)  # it takes until it is shown
+    (name, _) = db.execute("select current_setting('application_name'), pg_advisory_lock(1)").fetchall()[0]
+    worker.on_activity = lambda: None
     assert name == "bghost: probe (test)"
-    assert worker.activities[-1:] == ["select current_setting('application_name'), pg_sleep(0.5)"]
+    assert worker.activities == ["select current_setting('application_name'), pg_advisory_lock(1)"]
     with pytest.raises(psycopg.errors.DivisionByZero):
         db.execute("select 1 / 0")
     assert worker.activities[-1] == "select 1 / 0"  # what failed is named, be it ever so quick
@@ -205,6 +224,7 @@ def test_a_block_is_of_no_use_after_its_end(db: Database) -> None:
         txn.execute("select 1")
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_cancel_ends_a_query_and_the_connection_lives(db: Database, worker: Worker) -> None:
     """What runs is cancelled on the server; the block rolls back; the same session goes on."""
     backend = worker.backend_pid
@@ -215,10 +235,13 @@ def test_a_cancel_ends_a_query_and_the_connection_lives(db: Database, worker: Wo
     assert db.execute("select count(*), pg_backend_pid() from t").fetchone() == (0, backend)
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_cancel_waits_for_the_answer_to_commit(db: Database, worker: Worker, other: Session) -> None:
     """It is raised once the work is committed."""
-    db.execute(LINGER.format(seconds=0.05))
+    db.execute(LINGER.format("pg_advisory_xact_lock(1)"))
     db.execute(SLOW_COMMIT)
+    other.execute(HOLD)
+    worker.on_wakeup = lambda: later(other.execute, LET_GO)
     with pytest.raises(Canceled), db.transaction() as txn:
         txn.execute("insert into t values (1)")
         worker.ring(Canceled("canceled by SIGINT"))
@@ -691,7 +714,7 @@ def test_a_plain_connection_without_autocommit(database_uri: str, other: Session
 # The answer to COMMIT
 
 LINGER: Final = """
-    create function linger() returns trigger language plpgsql as 'begin perform pg_sleep({seconds}); return null; end'
+    create function linger() returns trigger language plpgsql as 'begin perform {}; return null; end'
 """
 SLOW_COMMIT: Final = """
     create constraint trigger slow after insert on t deferrable initially deferred
@@ -702,7 +725,7 @@ SLOW_COMMIT: Final = """
 @pytest.fixture
 def slow_commit(db: Database) -> Iterator[None]:
     """COMMIT of what was inserted into ``t`` takes ten minutes."""
-    db.execute(LINGER.format(seconds=600))
+    db.execute(LINGER.format("pg_sleep(600)"))
     db.execute(SLOW_COMMIT)
     yield
 
@@ -734,10 +757,12 @@ def test_a_commit_without_an_answer_is_an_error_of_its_own(db: Database, worker:
 ENDINGS: Final = ("commit", "END", "  prepare transaction 'x'", psycopg.sql.SQL("COMMIT"))
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_cancel_waits_for_what_ends_a_transaction_by_hand(db: Database, worker: Worker, other: Session) -> None:
     """COMMIT and PREPARE TRANSACTION as a statement, psycopg's own commit() and blocks: each is answered first."""
-    db.execute(LINGER.format(seconds=0.05))
+    db.execute(LINGER.format("pg_advisory_xact_lock(1)"))
     db.execute(SLOW_COMMIT)
+    worker.on_wakeup = lambda: later(other.execute, LET_GO)
     connection = db.connection
 
     def block() -> None:
@@ -746,6 +771,7 @@ def test_a_cancel_waits_for_what_ends_a_transaction_by_hand(db: Database, worker
             worker.ring(Canceled("canceled by SIGINT"))
 
     for number, end in enumerate([*ENDINGS, connection.commit, block]):
+        other.execute(HOLD)
         if end is not block:
             db.execute("begin")
             db.execute("insert into t values (%s)", [number])
@@ -759,32 +785,44 @@ def test_a_cancel_waits_for_what_ends_a_transaction_by_hand(db: Database, worker
     assert rows(other) == [0, 1, 3, 4, 5]
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_cancel_waits_for_the_answer_to_rollback(db: Database, worker: Worker) -> None:
     """It is raised then; the connection is neither closed nor is anything cancelled on it."""
     backend = worker.backend_pid
     assert backend is not None
-    with pytest.raises(Canceled) as canceled, db.transaction() as txn:
-        txn.execute("insert into t values (1)")
-        worker.ring(Canceled("canceled by SIGINT"))
-        os.kill(backend, signal.SIGSTOP)  # of this test's own server
-        threading.Timer(0.1, os.kill, (backend, signal.SIGCONT)).start()
-        raise ValueError("mine")
+    worker.on_wakeup = lambda: later(os.kill, backend, signal.SIGCONT)
+    try:
+        with pytest.raises(Canceled) as canceled, db.transaction() as txn:
+            txn.execute("insert into t values (1)")
+            worker.ring(Canceled("canceled by SIGINT"))
+            os.kill(backend, signal.SIGSTOP)  # of this test's own server
+            raise ValueError("mine")
+    finally:
+        os.kill(backend, signal.SIGCONT)
     assert isinstance(canceled.value.__context__, ValueError)
     assert db.execute("select count(*), pg_backend_pid() from t").fetchone() == (0, backend)
 
 
-def test_a_cancelled_coroutine_waits_for_what_ends_a_transaction_by_hand(db: Database, database_uri: str) -> None:
+@pytest.mark.usefixtures("patient")
+def test_a_cancelled_coroutine_waits_for_what_ends_a_transaction_by_hand(
+    db: Database, database_uri: str, other: Session
+) -> None:
     """The same for a task: it is cancelled once the answer is there; without one it is a CommitUnknown."""
-    db.execute(LINGER.format(seconds=0.2))
+    db.execute(LINGER.format("pg_advisory_xact_lock(1)"))
     db.execute(SLOW_COMMIT)
+    other.execute(HOLD)
+    waits = "select 1 from pg_locks join pg_stat_activity using (pid) where not granted and query = 'commit'"
 
     async def commit(number: int) -> None:
         async with await AsyncConnection.connect(database_uri, autocommit=True) as connection:
             await connection.execute("begin")
             await connection.execute("insert into t values (%s)", [number])
             task = asyncio.ensure_future(connection.execute("commit"))
-            await asyncio.sleep(0.05)
+            while not db.execute(waits).fetchall():
+                await asyncio.sleep(0.01)
             task.cancel()
+            await asyncio.wait({task}, timeout=0.1)  # what would end it early has its time
+            other.execute(LET_GO)
             await task
 
     with pytest.raises(asyncio.CancelledError):
