@@ -30,7 +30,7 @@ import pytest
 from bghost.shared.client import Client
 from bghost.shared.errors import NoHost
 from bghost.shared.paths import Directories, directories
-from bghost.shared.replies import Row
+from bghost.shared.replies import Launched, Row
 
 T = TypeVar("T")
 
@@ -80,6 +80,12 @@ def until(condition: Callable[[], T], timeout: float = 10.0, what: str = "") -> 
         time.sleep(0.02)
         late = time.monotonic() > deadline  # it is looked at once more then: this process may have been held up
     return value
+
+
+def pid_in(row: Row | Launched) -> int:
+    """The pid of a worker that has a process, by its row of ``ps`` or of its launch; ``None`` is nobody's."""
+    assert row["pid"], row
+    return row["pid"]
 
 
 def notes(process: "Process", worker: str) -> list[str]:

@@ -16,7 +16,7 @@ import pytest
 from chaos import CHAOS, table
 from oracle import ended, oracle, pid_of, quiet, usage
 from processes import guard_of
-from support import SLOW, Host, Sandbox, StartHost, notes, until
+from support import SLOW, Host, Sandbox, StartHost, notes, pid_in, until
 
 from bghost import WorkerSpec
 from bghost.shared.errors import BghostError
@@ -233,7 +233,7 @@ note('stops {}', handle.stop())
     host.client.wait("boss", "one")
     before = usage(host)
     for row in host.client.ps("one"):
-        os.kill(row["pid"] or 0, signal.SIGKILL)
+        os.kill(pid_in(row), signal.SIGKILL)
     for number in (1, 2, 3):
         host.wait_row(f"one.{number}", lambda row: row["starts"] == 2 and row["state"] == "ready")
     host.client.request("wake", names=["boss"])

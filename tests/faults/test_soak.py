@@ -18,7 +18,7 @@ from typing import Final
 import pytest
 from chaos import CHAOS
 from oracle import ANSWER, Usage, ended, oracle, pid_of, usage
-from support import SLOW, Host, StartHost, until
+from support import SLOW, Host, StartHost, pid_in, until
 
 from bghost import NotFound, WorkerSpec
 
@@ -120,7 +120,7 @@ def test_deaths_in_one_instant(bghost_host: StartHost) -> None:
     host = start(bghost_host, DEATHS)
     launch_all(host, DEATHS, restart_after=0.5)
     before = usage(host)
-    pids = [row["pid"] or 0 for row in host.client.ps()]
+    pids = [pid_in(row) for row in host.client.ps()]
     assert len(set(pids)) == DEATHS
     with pinged(host, f"{DEATHS} deaths in one instant", overload=True):
         begun = time.monotonic()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from chaos import CHAOS, table
-from support import Host, Sandbox, StartHost, until
+from support import Host, Sandbox, StartHost, pid_in, until
 
 from bghost import WorkerSpec
 from bghost.shared.errors import BghostError
@@ -210,7 +210,7 @@ def test_ends_are_those_of_any_worker(bghost_host: StartHost) -> None:
     host.wait_row("three", lambda row: row["starts"] >= 3 and row["exit"] == "exit code 3")
     host.wait_row("once", lambda row: row["starts"] == 2 and row["state"] == "ready")
     host.wait_line(r"\[once\] runs")  # until it is that program, a signal is still the worker's
-    pid = host.row("once")["pid"] or 0
+    pid = pid_in(host.row("once"))
     os.kill(pid, signal.SIGTERM)
     host.wait_row("once", lambda row: row["exit"] == "killed by SIGTERM" and row["starts"] == 3)
 

@@ -37,7 +37,7 @@ import time
 
 import pytest
 from chaos import CHAOS, table
-from support import SLOW, Host, StartHost, notes, until
+from support import SLOW, Host, StartHost, notes, pid_in, until
 
 from bghost import WorkerSpec
 from bghost.shared.errors import BghostError
@@ -90,7 +90,7 @@ def test_four_ways_to_launch_are_one(bghost_host: StartHost) -> None:
     keys = {"kind": "chaos", "state": "ready", "starts": 1, "generation": 1, "restarts": 0, "exit": None}
     for row in before:
         assert {key: row[key] for key in keys} == keys, row  # type: ignore[literal-required]
-        os.kill(row["pid"] or 0, signal.SIGKILL)
+        os.kill(pid_in(row), signal.SIGKILL)
     for name in names:
         row = host.wait_row(name, lambda row: row["starts"] == 2 and row["state"] == "ready")
         assert (row["restarts"], row["exit"], row["generation"]) == (1, "killed by SIGKILL", 1)
@@ -440,7 +440,7 @@ def test_sighup_kills_nobody(bghost_host: StartHost) -> None:
     host = start(bghost_host, table("one"))
     (before,) = host.client.wait("one")
     for _ in range(20):
-        os.kill(before["pid"] or 0, signal.SIGHUP)
+        os.kill(pid_in(before), signal.SIGHUP)
         host.signal(signal.SIGHUP)
     until(lambda: host.client.status()["config"] > 1, what="a reload")
     assert host.row("one")["pid"] == before["pid"]

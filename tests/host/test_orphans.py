@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from chaos import CHAOS, table
 from processes import children, state
-from support import BGHOST, SLOW, Host, Sandbox, StartHost, until
+from support import BGHOST, SLOW, Host, Sandbox, StartHost, pid_in, until
 
 FORKED = """
 import setproctitle
@@ -70,7 +70,7 @@ def test_all_descendants_end_with_their_worker(end: str, bghost_host: StartHost)
     # Popen returns an instant before the new command line can be read.
     until(lambda: sum("kin: " in line for line in host.sandbox.processes().values()) == KIN, what="all kin")
     if end == "killed":
-        os.kill(host.row("family")["pid"] or 0, signal.SIGKILL)
+        os.kill(pid_in(host.row("family")), signal.SIGKILL)
         host.client.wait("family", until="stopped")
     elif end == "stopped":
         host.client.stop("family")

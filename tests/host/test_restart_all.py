@@ -6,7 +6,7 @@ import signal
 import time
 
 from chaos import CHAOS, table
-from support import SLOW, Host, StartHost, notes
+from support import SLOW, Host, StartHost, notes, pid_in
 
 
 def start(bghost_host: StartHost, *tables: str, on_crash: str = "restart-all") -> Host:
@@ -28,7 +28,7 @@ def test_a_crash_restarts_everybody(bghost_host: StartHost) -> None:
     host.client.wait("never", "slow", "deaf", "crasher")
     host.client.wait("over", until="stopped")
     begun = time.monotonic()
-    os.kill(host.row("crasher")["pid"] or 0, signal.SIGSEGV)
+    os.kill(pid_in(host.row("crasher")), signal.SIGSEGV)
     host.wait_line("worker crasher has crashed: all workers are started again")
     for name in ("slow.1", "slow.2", "deaf", "crasher"):
         row = host.wait_row(name, lambda row: row["starts"] == 2 and row["state"] == "ready")
@@ -46,7 +46,7 @@ def test_a_crash_restarts_everybody(bghost_host: StartHost) -> None:
 def test_two_crashes_at_once_are_one_restart(bghost_host: StartHost) -> None:
     """BG-17: only the first is told as a crash; each worker comes back once."""
     host = start(bghost_host, table("w", count=6, restart_after=0.05))
-    pids = [row["pid"] or 0 for row in host.client.wait("w")]
+    pids = [pid_in(row) for row in host.client.wait("w")]
     host.signal(signal.SIGSTOP)  # so that it sees both at the same time
     for pid in pids[:2]:
         os.kill(pid, signal.SIGKILL)
@@ -71,7 +71,7 @@ def test_what_is_no_crash_restarts_nobody_else(bghost_host: StartHost) -> None:
     host.client.wait("one", "zero", until="stopped")
     host.client.wait("stopped", "terminated")
     host.client.stop("stopped", mode="immediate")
-    os.kill(host.row("terminated")["pid"] or 0, signal.SIGTERM)
+    os.kill(pid_in(host.row("terminated")), signal.SIGTERM)
     host.wait_row("terminated", lambda row: row["starts"] == 2)
     alone.client.wait("dies", until="stopped")
     assert host.row("quiet")["starts"] == alone.row("quiet")["starts"] == 1
@@ -81,7 +81,7 @@ def test_what_is_no_crash_restarts_nobody_else(bghost_host: StartHost) -> None:
 def test_a_stop_in_the_middle_of_it_holds(bghost_host: StartHost) -> None:
     """Who was to come back does not, once a stop has begun."""
     host = start(bghost_host, table("w", count=10, cleanup="time.sleep(1)", restart_after=1.0))
-    pids = [row["pid"] or 0 for row in host.client.wait("w")]
+    pids = [pid_in(row) for row in host.client.wait("w")]
     host.signal(signal.SIGSTOP)
     os.kill(pids[0], signal.SIGKILL)
     host.signal(signal.SIGINT)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from chaos import CHAOS, table
-from support import SLOW, StartHost, notes, until
+from support import SLOW, StartHost, notes, pid_in, until
 
 from bghost import WorkerSpec
 
@@ -20,7 +20,7 @@ def test_a_worker_however_it_is_started(start: str, bghost_host: StartHost) -> N
     one = table("one", start=start, setup="print('printed')", tick=ask, cleanup="note('cleanup {}', reason)")
     host = bghost_host(kinds={"chaos": CHAOS}, args=["run"], config=one)
     (row,) = host.client.wait("one")
-    pid = row["pid"] or 0
+    pid = pid_in(row)
     assert host.wait_line(r"\[one\] started, pid (\d+)").match[1] == str(pid)
     assert Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"bghost: one (default)")
     assert os.getsid(pid) == pid
@@ -75,7 +75,7 @@ def test_a_signal_before_its_handler_stands_is_not_lost(start: str, bghost_host:
     for number in range(2):
         name = f"w{number}"
         spec = WorkerSpec(kind="chaos", name=name, start=start, restart_after=0.05)  # type: ignore[arg-type]
-        os.kill(host.client.launch(spec)["pid"] or 0, signal.SIGTERM)
+        os.kill(pid_in(host.client.launch(spec)), signal.SIGTERM)
         row = host.wait_row(name, lambda row: row["starts"] == 2 and row["state"] == "ready")
         assert row["exit"] == "exit code 1", row
 

@@ -12,7 +12,7 @@ from typing import Final
 
 import pytest
 from chaos import BLOCKED, CHAOS, DEAF, SWALLOW, is_deaf, table
-from support import SLOW, Host, Sandbox, StartHost, notes, until
+from support import SLOW, Host, Sandbox, StartHost, notes, pid_in, until
 from wire import answer, ask, connected
 
 from bghost.shared.errors import BghostError
@@ -325,7 +325,7 @@ def test_workers_start_by_readiness_and_stop_in_reverse(bghost_host: StartHost) 
     host.client.wait("c")
     lines = numbers(host, *(rf"\[{name}\] note: up" for name in ("a", r"b\.1", r"b\.2", "c")))
     assert lines[0] < min(lines[1:3]) and max(lines[1:3]) < lines[3]
-    os.kill(host.row("a")["pid"] or 0, signal.SIGKILL)  # at first start only: its end changes nothing for the others
+    os.kill(pid_in(host.row("a")), signal.SIGKILL)  # at first start only: its end changes nothing for the others
     host.wait_row("a", lambda row: row["starts"] == 2 and row["state"] == "ready")
     assert [row["starts"] for row in host.client.ps("b", "c")] == [1, 1, 1]
     assert host.client.shutdown() == {"killed": []}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from chaos import CHAOS, table
-from support import SLOW, Sandbox, notes
+from support import SLOW, Sandbox, notes, pid_in
 
 UNIT = Path(__file__).parents[2] / "docs" / "bghost.service"
 
@@ -86,7 +86,7 @@ def test_a_whole_life(systemd: Systemd, sandbox: Sandbox) -> None:
     sandbox.config_file.write_text("[host]\nmax_workers = 'many'\n")
     host.signal(signal.SIGHUP)
     systemd.wait("READY=1")  # refused, and over
-    os.kill(host.row("after")["pid"] or 0, signal.SIGKILL)
+    os.kill(pid_in(host.row("after")), signal.SIGKILL)
     systemd.wait("STATUS=1 of 2 workers ready")
     systemd.wait("STATUS=2 of 2 workers ready")
     systemd.said.clear()

@@ -14,7 +14,7 @@ from signal import Signals as S
 from typing import Final
 
 import pytest
-from support import SLOW, Host, StartHost, until
+from support import SLOW, Host, StartHost, pid_in, until
 
 from bghost import BghostError
 
@@ -53,7 +53,7 @@ class Often:
         self.log = log
         self.host: Host = start(kinds={"says": SAYS}, args=["run"], config=self.config("w0"))
         self.host.client.wait("says")
-        self.pids = [self.host.pid, *(row["pid"] or 0 for row in self.host.client.ps())]
+        self.pids = [self.host.pid, *(pid_in(row) for row in self.host.client.ps())]
 
     def config(self, word: str) -> str:
         return f"[host.log]\nfile = '{self.log}'\n[kind.says]\nword = '{word}'\n[[worker]]\nkind = 'says'\ncount = 2\n"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from support import BGHOST, SLOW, Host, Process, Sandbox, StartHost, until
+from support import BGHOST, SLOW, Host, Process, Sandbox, StartHost, pid_in, until
 
 from bghost import WorkerSpec
 from bghost.shared.errors import BUG
@@ -343,8 +343,7 @@ def test_what_an_import_leaves_behind(bghost_host: StartHost) -> None:
     host = bghost_host(kinds={"leaves": LEAVES}, args=["run", "leaves"])
     host.client.wait("leaves")
     assert stat.S_IMODE(os.stat(host.directories.socket).st_mode) == 0o600
-    pid = host.row("leaves")["pid"]
-    os.kill(pid or 0, signal.SIGTERM)
+    os.kill(pid_in(host.row("leaves")), signal.SIGTERM)
     host.wait_row("leaves", lambda row: row["restarts"] == 1)
     host.client.restart("leaves")
     host.signal(signal.SIGTERM)

@@ -5,7 +5,7 @@ import signal
 import time
 
 from poolkit import consistent, start
-from support import SLOW, StartHost, notes, until
+from support import SLOW, StartHost, notes, pid_in, until
 
 ASYNC_MANAGER = """
 from test_pool import Key, POOL
@@ -136,7 +136,7 @@ def test_tasks_that_sleep_at_once(bghost_host: StartHost) -> None:
     host = start(bghost_host, kinds={"sleepers": SLEEPERS}, args=("run", "manager", "sleepers"), wanted="()")
     host.wait_line("note: waits")
     assert sorted(notes(host, "sleepers")[:-1]) == ["0 ['fd']", "1 ['fd']", "2 ['fd']"]
-    pid = host.row("sleepers")["pid"] or 0
+    pid = pid_in(host.row("sleepers"))
     os.kill(pid, signal.SIGINT)
     host.wait_line("note: cancelled, 3 sleep on")
     row = host.wait_row("sleepers", lambda row: row["recoveries"] == 1)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import pytest
 from processes import children, state, title
-from support import SLOW, Host, StartHost, notes, until
+from support import SLOW, Host, StartHost, notes, pid_in, until
 
 from bghost import HostError, WorkerSpec
 
@@ -565,7 +565,7 @@ def test_a_tick_that_never_ends(start: Start) -> None:
     assert row["pid"] != launched["pid"]
     assert row["restarts"] == 1
     assert "stuck: a tick has not ended within 0.2 s" in host.text()
-    pidfd = os.pidfd_open(row["pid"] or 0)
+    pidfd = os.pidfd_open(pid_in(row))
     try:
         assert select.select([pidfd], [], [], 0.5)[0] == []  # a wait without end is no tick that takes too long
     finally:
