@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import SLOW, until
+from support import SLOW, until, within
 
 from bghost.shared.client import Client
 from bghost.shared.errors import BghostError, ConfigError, HostError, NoHost, NotFound, TimedOut, UsageError
@@ -163,10 +163,17 @@ def test_a_socket_that_a_dead_host_left_is_no_host(client: Client) -> None:
 def test_a_host_that_does_not_answer_times_out_and_is_named(client: Client, listen: Listen) -> None:
     client.timeout = 0.5
     listen(lambda message: None)
-    began = time.monotonic()
-    with pytest.raises(TimedOut, match=rf"the host of instance 'test' does not answer: pid {os.getpid()}, silent for"):
-        client.ps()
-    assert 0.5 <= time.monotonic() - began < 0.5 + 5.0 * SLOW
+
+    def attempt() -> float:
+        began = time.monotonic()
+        said = rf"the host of instance 'test' does not answer: pid {os.getpid()}, silent for"
+        with pytest.raises(TimedOut, match=said):
+            client.ps()
+        took = time.monotonic() - began
+        assert took >= 0.5
+        return took
+
+    within(2.0, attempt)
 
 
 def full(path: str) -> list[socket.socket]:
@@ -191,10 +198,16 @@ def test_a_full_backlog_is_tried_again_until_the_deadline(client: Client) -> Non
     client.timeout = 0.5
     sockets = full(client.directories.socket)
     try:
-        began = time.monotonic()
-        with pytest.raises(TimedOut, match=r"pid 12345678, silent for 0\.\d s"):
-            client.ps()
-        assert 0.4 <= time.monotonic() - began < 0.5 + 5.0 * SLOW
+
+        def attempt() -> float:
+            began = time.monotonic()
+            with pytest.raises(TimedOut, match=r"pid 12345678, silent for \d+\.\d s"):
+                client.ps()
+            took = time.monotonic() - began
+            assert took >= 0.4
+            return took
+
+        within(2.0, attempt)
         with pytest.raises(TimedOut):
             client.shutdown()
     finally:
@@ -300,10 +313,8 @@ def test_a_long_wait_is_fine_while_the_host_is_well(client: Client, listen: List
 def test_a_wait_ends_when_the_host_falls_silent(client: Client, listen: Listen) -> None:
     client.timeout = 0.2
     listener = listen(lambda message: ok({}) if len(listener.requests) == 1 else None)
-    began = time.monotonic()
     with pytest.raises(TimedOut, match="does not answer"):
         client.wait("counter")
-    assert time.monotonic() - began < 10.0
 
 
 def test_a_host_is_not_blamed_for_the_callers_time(client: Client, listen: Listen) -> None:

@@ -19,7 +19,7 @@ from typing import Final
 import pytest
 from chaos import BLOCKED, CHAOS, DEAF, table
 from processes import children, guard_of, lives, title
-from support import BGHOST, SLOW, Host, Sandbox, StartHost, notes, until
+from support import BGHOST, Host, Sandbox, StartHost, notes, until, within
 
 from bghost import NoHost
 
@@ -37,8 +37,8 @@ def winner_of(hosts: list[Host]) -> Host:
 
 def kill(host: Host) -> float:
     """SIGKILL for the host; when. It is dead then: who comes next finds neither it nor its socket."""
-    host.signal(signal.SIGKILL)
     killed = time.monotonic()
+    host.signal(signal.SIGKILL)
     until(lambda: not lives(host.pid), what="the host's death")
     return killed
 
@@ -57,21 +57,24 @@ def test_workers_that_wait_are_gone_at_once_with_their_cleanup(bghost_host: Star
     waits = {"idle": "pass", "naps": "worker.wait(60)", "asks": "worker.ask('wait', {'names': ['idle']}, None)"}
     cleanup = "note('cleanup {} {}', reason, time.monotonic())"
     tables = [table(name, tick=code, cleanup=cleanup) for name, code in waits.items()]
-    host = bghost_host(kinds={"chaos": CHAOS}, args=["run"], config="".join(tables))
-    host.client.wait(*waits)
-    until(lambda: all(row["doing"] != "active" for row in host.client.ps()), what="workers that wait")
-    guard = guard_of(host.pid)
-    pids = [pid for pid in children(host.pid) if pid != guard]
-    killed = kill(host)
-    assert gone(pids, 2.0) - killed < 0.35 * SLOW + 0.15  # with what it takes to be scheduled, and to look
-    assert gone([guard], 2.0) - killed < 0.75 * SLOW
-    host.wait()
-    for name in waits:
-        (said,) = notes(host, name)
-        word, reason, when = said.split()
-        assert (word, reason) == ("cleanup", "host_died")
-        assert float(when) - killed < 0.35 * SLOW, (name, said)
-    assert "killed pid" not in host.text()
+
+    def attempt() -> float:
+        host = bghost_host(kinds={"chaos": CHAOS}, args=["run"], config="".join(tables))
+        host.client.wait(*waits)
+        until(lambda: all(row["doing"] != "active" for row in host.client.ps()), what="workers that wait")
+        processes = children(host.pid)
+        killed = kill(host)
+        took = gone(processes, 30.0) - killed
+        host.wait()
+        for name in waits:
+            (said,) = notes(host, name)
+            word, reason, when = said.split()
+            assert (word, reason) == ("cleanup", "host_died")
+            took = max(took, float(when) - killed)
+        assert "killed pid" not in host.text()
+        return took
+
+    within(0.35, attempt)  # with what it takes to be scheduled, and to look
 
 
 DEAF_TO_ALL = {
@@ -96,22 +99,27 @@ note('is up')
 def test_the_guard_ends_what_does_not_end_itself(bghost_host: StartHost) -> None:
     """After stop_timeout: endless Python code, the GIL held in C, all signals blocked, other sessions, programs."""
     tables = [table(name, tick=code) for name, code in DEAF_TO_ALL.items()]
-    host = bghost_host(kinds={"chaos": CHAOS}, args=["run"], config="[host]\nstop_timeout = 1.0\n" + "".join(tables))
-    for name in DEAF_TO_ALL:
-        host.wait_line(rf"\[{name}\] note: is up")
-    (spinner,) = (row["pid"] for row in host.client.ps("python"))
-    before = host.sandbox.processes()
-    guard = guard_of(host.pid)
-    killed = kill(host)
-    took = gone([pid for pid in before if pid != guard], 10.0) - killed
-    assert 1.0 <= took < 1.0 + LATE + 1.0 * SLOW, took
-    assert gone([guard], 2.0) - killed < 1.0 + LATE + 1.5 * SLOW
-    host.wait()
-    said = re.findall(r"guard \(default\): killed pid (\d+) \((.*)\), which the dead host had left behind", host.text())
-    assert len(said) >= 5, said
-    assert {pid for pid in before if pid not in (guard, host.pid)} & {int(pid) for pid, _ in said}
-    assert any("sh -c" in command for _, command in said), said
-    assert spinner is not None
+
+    def attempt() -> float:
+        config = "[host]\nstop_timeout = 1.0\n" + "".join(tables)
+        host = bghost_host(kinds={"chaos": CHAOS}, args=["run"], config=config)
+        for name in DEAF_TO_ALL:
+            host.wait_line(rf"\[{name}\] note: is up")
+        before = host.sandbox.processes()
+        guard = guard_of(host.pid)
+        killed = kill(host)
+        took = gone([pid for pid in before if pid != guard], 30.0) - killed
+        assert took >= 1.0
+        gone([guard], 30.0)
+        host.wait()
+        told = r"guard \(default\): killed pid (\d+) \((.*)\), which the dead host had left behind"
+        said = re.findall(told, host.text())
+        assert len(said) >= 5, said
+        assert {pid for pid in before if pid not in (guard, host.pid)} & {int(pid) for pid, _ in said}
+        assert any("sh -c" in command for _, command in said), said
+        return took - 1.0 - LATE
+
+    within(1.0, attempt)
 
 
 # The guard
@@ -147,10 +155,10 @@ def test_a_guard_that_dies_is_renewed(bghost_host: StartHost) -> None:
     assert second != first
     assert host.row("deaf")["starts"] == 1
     workers = [pid for pid in children(host.pid) if pid != second]
-    killed = kill(host)
+    kill(host)
     with pytest.raises(NoHost):
         host.client.ps()
-    assert gone([*workers, second], 5.0) - killed < 0.5 + LATE + 1.0 * SLOW
+    gone([*workers, second], 30.0)
     host.wait()
 
 
@@ -166,10 +174,10 @@ def test_a_host_that_dies_while_its_guard_is_renewed(bghost_host: StartHost) -> 
     os.kill(guard_of(host.pid), signal.SIGKILL)
     while not children(host.pid) - before:
         pass  # as soon as can be
-    killed = kill(host)
-    assert gone([*before], 5.0) - killed < 0.2 + LATE + 1.0 * SLOW
-    assert re.search(r"killed pid \d+ \(bghost: deaf", host.text()) or until(lambda: "killed pid" in host.text())
-    until(lambda: host.sandbox.processes() == {}, 3.0)
+    kill(host)
+    gone(before, 30.0)
+    host.wait_line(r"killed pid \d+ \(bghost: deaf")
+    until(lambda: host.sandbox.processes() == {})
     host.wait()
 
 
@@ -182,8 +190,8 @@ def test_a_guard_whose_program_cannot_be_had(sandbox: Sandbox) -> None:
     host.wait_line("note: is up")
     pids = children(host.pid)
     assert guard_of(host.pid) in pids
-    killed = kill(host)
-    assert gone(pids, 5.0) - killed < 0.2 + LATE + 1.0 * SLOW
+    kill(host)
+    gone(pids, 30.0)
     host.wait()
 
 
@@ -205,7 +213,7 @@ def test_a_start_does_the_guards_work_when_that_is_dead_too(sandbox: Sandbox) ->
     others = [sandbox.start_host("run") for _ in range(3)]
     winner = winner_of(others)
     took = time.monotonic() - begun
-    assert 10.2 <= took < 10.2 + 4.0 * SLOW, took
+    assert took >= 10.2
     for other in others:
         other.wait_line("processes of the last host of instance default have not ended yet, waiting")
         if other is not winner:
@@ -235,10 +243,9 @@ def test_what_a_dead_run_left_without_its_lock_is_ended_by_the_next(sandbox: San
     gone([guard, worker, host.pid], 2.0)
     assert lives(program)
     sandbox.config(table("new"))
-    begun = time.monotonic()
     new = sandbox.start_host("run")
     new.wait_line("host of instance default runs")
-    assert time.monotonic() - begun < 5.0 * SLOW
+    assert "have not ended yet, waiting" not in new.text()
     new.wait_line(rf"left by the last host: pid {program} \(sh -c .*\), killed")
     gone([program], 5.0)
     new.client.shutdown()

