@@ -78,9 +78,9 @@ def pinged(host: Host, what: str, *, overload: bool = False) -> Iterator[None]:
         yield
     print(f"{what}: {time.monotonic() - begun:.1f} s; {pinger}")
     times = sorted(pinger.times)
-    # Where others want the processors too, an answer is late without the host's doing.
+    # Where others want the processors too, an answer is late without the host's doing, and one be it ever so late.
     assert times[int(0.9 * (len(times) - 1))] < (OVERLOAD if overload and not FULL else ANSWER) * SLOW, str(pinger)
-    assert times[-1] < (ANSWER if FULL else OVERLOAD) * SLOW, str(pinger)
+    assert not FULL or times[-1] < ANSWER * SLOW, str(pinger)
 
 
 def start(bghost_host: StartHost, max_workers: int) -> Host:

@@ -332,7 +332,7 @@ def set_clock(to: float) -> None:
     [
         (0.6, 0.0),
         pytest.param(1.0, -1.5, marks=pytest.mark.skipif(not CLOCK, reason="sets the clock with BGHOST_TEST_CLOCK")),
-        pytest.param(9.0, 8.0, marks=pytest.mark.skipif(not CLOCK, reason="sets the clock with BGHOST_TEST_CLOCK")),
+        pytest.param(61.0, 60.0, marks=pytest.mark.skipif(not CLOCK, reason="sets the clock with BGHOST_TEST_CLOCK")),
     ],
 )
 def test_a_nap_to_a_moment_follows_the_wall_clock(seconds: float, shift: float, bghost_host: StartHost) -> None:
@@ -350,12 +350,13 @@ def test_a_nap_to_a_moment_follows_the_wall_clock(seconds: float, shift: float, 
     try:
         for _ in range(5):
             set_clock(right + shift)
-        said = host.wait_line(r"note: woken by \['timeout'\] after ([0-9.]+), late (-?[0-9.]+)")
+        said = host.wait_line(r"note: woken by \['timeout'\] after ([0-9.]+), late (-?[0-9.]+)", 30.0)
     finally:
         if shift:
             set_clock(right)
-    # Who did not follow the clock would be early by what it was set back, or late by the 8 s that it was set on.
-    assert 0.0 <= float(said.match[2]) < 5.0
+    # Who did not follow the clock would sleep a minute when it was set on, and be early when it was set back.
+    assert float(said.match[1]) < 60.0
+    assert float(said.match[2]) >= 0.0
 
 
 def test_a_wake_up_outlives_a_cancel(bghost_host: StartHost) -> None:
@@ -468,7 +469,8 @@ def test_the_wait_after_an_error(bghost_host: StartHost) -> None:
                 worker.wake()
                 raise OSError("no luck")
     """
-    host = bghost_host(kinds={"unlucky": kind}, config="worker = [{kind = 'unlucky'}]", args=["run"])
+    args = ["run", "--set", "host.stop_timeout=600"]
+    host = bghost_host(kinds={"unlucky": kind}, config="worker = [{kind = 'unlucky'}]", args=args)
     line = host.wait_line(r"note: again after ([\d.]+) s, (\[.*\])")
     assert float(line.match[1]) >= 1.0
     assert line.match[2] == "['wake']"
@@ -476,22 +478,21 @@ def test_the_wait_after_an_error(bghost_host: StartHost) -> None:
         change(host, "unlucky", word)
         line = host.wait_line(r"note: again after .*'reload'.*, ([0-9]+) failures", after=line, timeout=15.0)
     assert int(line.match[1]) >= 6
-    began = time.monotonic()
-    assert host.client.stop("unlucky")["killed"] == []  # and this one 60 s, which no stop has
-    assert time.monotonic() - began < 8.0
+    assert host.client.stop("unlucky", timeout=30.0 * SLOW)["killed"] == []  # and this one 60 s
     assert host.row("unlucky")["exit"] == "exit code 0"
 
 
 def test_the_death_of_the_host_ends_every_wait(bghost_host: StartHost) -> None:
-    """Within a second of the host's end the workers that wait are gone, between ticks and in one, after a cleanup."""
-    host = bghost_host(kinds={"idle": FOR_EVER, "inside": IN_A_TICK}, args=["run", "idle", "inside"])
+    """The workers that wait are gone without the guard's help, between ticks and in one, after a cleanup."""
+    args = ["run", "idle", "inside", "--set", "host.stop_timeout=600"]
+    host = bghost_host(kinds={"idle": FOR_EVER, "inside": IN_A_TICK}, args=args)
     pids = [started(host, "idle"), started(host, "inside")]
     watch = select.poll()
     pidfds = [os.pidfd_open(pid) for pid in pids]
     for pidfd in pidfds:
         watch.register(pidfd, select.POLLIN)
     host.signal(signal.SIGKILL)
-    deadline = time.monotonic() + 1.0 * SLOW
+    deadline = time.monotonic() + 30.0 * SLOW
     gone: set[int] = set()
     while len(gone) < 2 and (left := deadline - time.monotonic()) > 0:
         for pidfd, _ in watch.poll(left * 1000):
