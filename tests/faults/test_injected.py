@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, TypeVar
@@ -16,7 +15,7 @@ import pytest
 from chaos import CHAOS, table
 from oracle import ended, oracle, pid_of, quiet, usage
 from processes import guard_of
-from support import SLOW, Host, Sandbox, StartHost, notes, pid_in, until
+from support import Host, Sandbox, StartHost, notes, pid_in, until
 
 from bghost import WorkerSpec
 from bghost.shared.errors import BghostError
@@ -247,11 +246,9 @@ note('stops {}', handle.stop())
     host.client.launch(WorkerSpec(kind="chaos", name="deaf", args={"tick": "note('is up'); deaf_sleep(60)"}))
     host.wait_line(r"\[deaf\] note: is up")
     pids = [row["pid"] for row in host.client.ps() if row["pid"]]
-    begun = time.monotonic()
     os.kill(pid, signal.SIGKILL)
-    host.wait_line(r"guard \(default\): killed pid \d+ \(bghost: deaf")
+    host.wait_line(r"guard \(default\): killed pid \d+ \(bghost: deaf", 30)
     host.wait()
-    assert time.monotonic() - begun < 0.5 + 0.5 + 6.0 * SLOW  # strace makes all of it slow
     assert len(pids) == 5
     quiet(host)
 

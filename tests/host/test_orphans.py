@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -210,7 +209,7 @@ def test_as_pid_1_it_reaps_strangers_and_kills_none(sandbox: Sandbox) -> None:
     ):
         pytest.skip("no PID namespace can be made here")
     sandbox.kinds({"chaos": CHAOS})
-    sandbox.config(table("family", tick=FAMILY, restart="never") + table("other"))
+    sandbox.config("[host]\nstop_timeout = 600\n" + table("family", tick=FAMILY, restart="never") + table("other"))
     host = subprocess.Popen(
         [*isolate, *BGHOST, "run"], env=sandbox.environ(), cwd=sandbox.root, stderr=subprocess.PIPE, text=True
     )
@@ -232,10 +231,8 @@ def test_as_pid_1_it_reaps_strangers_and_kills_none(sandbox: Sandbox) -> None:
             env=sandbox.environ(), capture_output=True, text=True, timeout=40 * SLOW,
         )  # fmt: skip
         assert (inside.returncode, inside.stdout) == (0, "ok\n"), inside.stderr
-        begun = time.monotonic()
         client.shutdown()
-        assert host.wait(10 * SLOW) == 0
-        assert time.monotonic() - begun < 5 * SLOW
+        assert host.wait(30 * SLOW) == 0
     finally:
         if host.poll() is None:
             host.kill()

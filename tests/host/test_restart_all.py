@@ -3,10 +3,9 @@
 import os
 import re
 import signal
-import time
 
 from chaos import CHAOS, table
-from support import SLOW, Host, StartHost, notes, pid_in
+from support import Host, StartHost, notes, pid_in
 
 
 def start(bghost_host: StartHost, *tables: str, on_crash: str = "restart-all") -> Host:
@@ -16,23 +15,21 @@ def start(bghost_host: StartHost, *tables: str, on_crash: str = "restart-all") -
 
 def test_a_crash_restarts_everybody(bghost_host: StartHost) -> None:
     """BG-16: who is never restarted is gone, the others are back at once, whatever their delays; done is done."""
-    up, down = "note('up {}', time.monotonic())", "note('down')"
+    up, down = "note('up')", "note('down')"
     host = start(
         bghost_host,
         table("never", setup=up, restart="never"),
-        table("slow", setup=up, cleanup=down, count=2, restart_after=60),
-        table("deaf", setup=up, tick="if worker.args: time.sleep(1)", restart_after=60),
+        table("slow", setup=up, cleanup=down, count=2, restart_after=600),
+        table("deaf", setup=up, tick="if worker.args: time.sleep(1)", restart_after=600),
         table("over", tick="sys.exit()"),
         table("crasher", setup=up, restart_after=0.2),
     )
     host.client.wait("never", "slow", "deaf", "crasher")
     host.client.wait("over", until="stopped")
-    begun = time.monotonic()
     os.kill(pid_in(host.row("crasher")), signal.SIGSEGV)
     host.wait_line("worker crasher has crashed: all workers are started again")
     for name in ("slow.1", "slow.2", "deaf", "crasher"):
-        row = host.wait_row(name, lambda row: row["starts"] == 2 and row["state"] == "ready")
-        assert float(notes(host, name)[-1].split()[1]) - begun < (0.25 if name == "crasher" else 0) + 1.0 * SLOW, row
+        host.wait_row(name, lambda row: row["starts"] == 2 and row["state"] == "ready", 30.0)
     rows = {row["name"]: (row["state"], row["starts"], row["exit"]) for row in host.client.ps()}
     assert rows["never"] == ("stopped", 1, "exit code 2, bypassing bghost")
     assert rows["over"][:2] == ("done", 1)

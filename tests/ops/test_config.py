@@ -6,7 +6,6 @@ import pwd
 import random
 import re
 import threading
-import time
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import SLOW, Sandbox
+from support import Sandbox
 
 from bghost import Bytes, Seconds, Settings
 from bghost.commands import group
@@ -228,9 +227,7 @@ def test_files_that_are_none(tmp_path: Path, sort: str) -> None:
     file = tmp_path / "bghost.toml"
     [(expected, make)] = [(expected, make) for name, expected, make in unreadable(file) if name == sort]
     make()
-    began = time.monotonic()
     error = complaint("config", "check", str(file))
-    assert time.monotonic() - began < 10.0 * SLOW  # a FIFO that blocked would hang
     assert str(error) == expected.replace("{}", str(file))
 
 

@@ -98,9 +98,7 @@ def test_clients_that_wait(bghost_host: StartHost) -> None:
             return turns() == before
 
         until(quiet, what="a host that sleeps while others wait")
-        began = time.monotonic()
         assert host.client.launch(WorkerSpec(kind="idle", name="other"), wait=True)["state"] == "ready"
-        assert time.monotonic() - began < 5 * SLOW
         host.client.stop("idle")
         assert {answer(connection)["result"][0]["state"] for connection in waiting} == {"stopped"}
 

@@ -450,10 +450,8 @@ def test_what_is_no_config_file(start: Any, sort: str) -> None:
         file.write_text(text)
         file.chmod(0o666)
         expected = "can be written by others"
-    began = time.monotonic()
     with pytest.raises(BghostError, match=expected) as caught:
         host.client.reload()
-    assert time.monotonic() - began < 5.0 * SLOW  # an import's limit is ten seconds
     assert caught.value.exit_code == 2
     assert pids(host) == before
 

@@ -2,10 +2,9 @@
 
 import os
 import signal
-import time
 
 from poolkit import consistent, start
-from support import SLOW, StartHost, notes, pid_in, until
+from support import StartHost, notes, pid_in, until
 
 ASYNC_MANAGER = """
 from test_pool import Key, POOL
@@ -142,10 +141,8 @@ def test_tasks_that_sleep_at_once(bghost_host: StartHost) -> None:
     row = host.wait_row("sleepers", lambda row: row["recoveries"] == 1)
     assert (row["dropped"], row["pid"]) == (0, pid)
     until(lambda: notes(host, "sleepers").count("waits") == 2)
-    begun = time.monotonic()
     os.kill(pid, signal.SIGTERM)
     host.wait_line("note: 2 leaves")
-    assert time.monotonic() - begun < 2.0 * SLOW
     assert notes(host, "sleepers").count("cancelled, 3 sleep on") == 2
 
 

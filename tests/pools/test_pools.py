@@ -6,7 +6,7 @@ import signal
 
 import pytest
 from poolkit import ENTRY, MANAGER, POOL, ready, start
-from support import SLOW, StartHost, notes, until
+from support import StartHost, notes, until
 
 from bghost.shared.replies import Row
 
@@ -421,4 +421,4 @@ def test_the_hosts_death_ends_all(bghost_host: StartHost) -> None:
     host = start(bghost_host)
     pids = [ready(host, f"apply.{number}")["pid"] for number in (1, 2)]
     os.kill(host.pid, signal.SIGKILL)
-    until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids), 2.0 * SLOW)
+    until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids), 30.0)

@@ -4,7 +4,7 @@ import os
 import signal
 
 import pytest
-from support import SLOW, Host, StartHost, notes, until
+from support import Host, StartHost, notes, until
 
 HEAD = """
 import asyncio, os, signal, time, bghost
@@ -284,7 +284,7 @@ def test_the_hosts_death(bghost_host: StartHost) -> None:
     pid = host.row("tasks")["pid"]
     assert pid is not None
     os.kill(host.pid, signal.SIGKILL)
-    until(lambda: not os.path.exists(f"/proc/{pid}"), 2.0 * SLOW, "the worker's end")
+    until(lambda: not os.path.exists(f"/proc/{pid}"), 30.0, "the worker's end")
     host.wait_line("note: cleanup, host_died")
 
 

@@ -344,8 +344,8 @@ def test_a_clean_up_that_dies_or_hangs(start: Start) -> None:
     host.client.wait("dies-stop", "hangs-stop")
     began = time.monotonic()
     assert host.client.stop("dies-stop", "hangs-stop") == {"stopped": ["dies-stop", "hangs-stop"], "killed": []}
-    assert 0.3 <= time.monotonic() - began < 5 * SLOW
-    host.client.wait("dies-done", "hangs-done", until="stopped", timeout=5 * SLOW)
+    assert time.monotonic() - began >= 0.3
+    host.client.wait("dies-done", "hangs-done", until="stopped", timeout=20 * SLOW)
     assert {row["name"]: (row["state"], row["exit"]) for row in host.client.ps() if row["name"] != "calm"} == {
         "dies-stop": ("stopped", "killed by SIGKILL"),
         "hangs-stop": ("stopped", "killed by SIGALRM, cleaning up for too long"),

@@ -359,12 +359,12 @@ def test_a_worker_that_swallows_everything_is_ended_all_the_same(bghost_host: St
     began = time.monotonic()
     stop = host.sandbox.start("stop", *names)
     # 0.2 s smart, 5 s fast; then SIGQUIT, which is acted on at once wherever Python code runs, unless it is ignored
-    row = host.wait_row("swallower", lambda row: row["state"] == "stopped")
+    row = host.wait_row("swallower", lambda row: row["state"] == "stopped", 30.0)
     assert row["exit"] == "exit code 2, bypassing bghost"
-    assert 5.2 <= time.monotonic() - began < 9 * SLOW
+    assert time.monotonic() - began >= 5.2
     # 1 s immediate, then SIGKILL
-    result = stop.result()
-    assert 6.2 <= time.monotonic() - began < 10 * SLOW
+    result = stop.result(30.0)
+    assert time.monotonic() - began >= 6.2
     assert (host.row("ignorer")["state"], host.row("ignorer")["exit"]) == ("stopped", "killed by SIGKILL")
     assert result.code == 1
     told = result.stdout + result.stderr
@@ -404,8 +404,7 @@ def test_a_stop_ends_a_delay_and_a_wait_without_end(bghost_host: StartHost) -> N
     assert pid is not None
     os.kill(pid, signal.SIGUSR1)
     until(lambda: host.row("fine")["ticks"] == 2)
-    began = time.monotonic()
     host.client.shutdown()
-    assert time.monotonic() - began < 5 * SLOW
     assert host.wait() == 0
+    assert "stopping, fast" not in host.text()
     assert notes(host, "fine") == ["[]", "['wake']"]

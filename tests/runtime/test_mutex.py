@@ -271,9 +271,7 @@ def test_a_stopped_holder_is_named_to_whoever_waits(bghost_host: StartHost) -> N
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
     assert host.bghost("wake", "waiter").code == 0
-    began = time.monotonic()
     row = host.wait_row("waiter", lambda row: row["errors"])
-    assert time.monotonic() - began < 2.0 * SLOW
     assert f"held by worker holder, pid {pid}, slot 0" in str(row["last_error"])
     assert "not become free within 0.3 s" in str(row["last_error"])
     kill(host, "holder")
@@ -316,16 +314,14 @@ def test_a_wait_for_it_is_interruptible(bghost_host: StartHost, source: str) -> 
     wait = "lock.__enter__()" if source is LOCKING else "pass"
     host = bghost_host(kinds={"locking": source}, args=["run"], config=locking(hold, "holder"))
     host.wait_line("note: holds")
-    host.client.launch(WorkerSpec(kind="locking", name="waiter", args={"tick": wait, "timeout": 60.0}))
+    host.client.launch(WorkerSpec(kind="locking", name="waiter", args={"tick": wait, "timeout": 600.0}))
     pid = host.wait_row("waiter", lambda row: row["wait"] == "lock")["pid"]
     assert pid is not None
     ended = os.pidfd_open(pid)
     poll = select.poll()
     poll.register(ended, select.POLLIN)
     os.kill(pid, signal.SIGTERM)
-    began = time.monotonic()
-    poll.poll(5000 * SLOW)
-    assert time.monotonic() - began < 1.0 * SLOW
+    assert poll.poll(30_000 * SLOW)  # its time for the lock is longer
     os.close(ended)
     kill(host, "holder")
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import SLOW, Host, StartHost, notes, until
+from support import SLOW, Host, StartHost, notes, pid_in, until
 
 import bghost.shared.ring as rings
 from bghost import BghostError, SharedQueue
@@ -303,7 +303,6 @@ tx = queue.sender(worker)
 for n in range(50): tx.send(b'whole')
 assert not tx.try_send(bytes(5000)) or True
 worker.wait(60)
-note(time.monotonic())
 {end}
 """,
         receiver="""
@@ -312,17 +311,13 @@ n = 0
 try:
     while rx.receive() == b'whole': n += 1
 except QueueDetached as error:
-    note(f'{n} {time.monotonic()} {error}')
+    note(f'{n} {error}')
 """,
     )
     host.wait_row("receiver", lambda row: row["wait"] == "queue receive")
     assert host.bghost("wake", "sender").code == 0
     (told,) = until(lambda: notes(host, "receiver"))
-    (ended,) = notes(host, "sender")
-    count, at, text = told.split(" ", 2)
-    assert count == "50"
-    assert float(at) - float(ended) < 5.0 * SLOW
-    assert text.startswith("the queue's sender is gone")
+    assert told.startswith("50 the queue's sender is gone")
 
 
 @pytest.mark.parametrize("way", ["detach", "kill"])
@@ -395,7 +390,7 @@ while True:
 """
     host = start(
         size=500,
-        restart="always",
+        restart="never",  # nobody comes back who could tell of the old one's end
         sender=both.format(end="sender", act="end.send(n.to_bytes(8, 'little') * (n % 90 + 1))"),
         receiver=both.format(end="receiver", act="assert end.receive() == n.to_bytes(8, 'little') * (n % 90 + 1)"),
     )
@@ -405,11 +400,8 @@ while True:
         row = host.wait_row(victim, lambda row: row["pid"] is not None and row["state"] == "ready")
         until(lambda: host.row(other)["state"] == "ready")
         time.sleep(chance.random() * 0.3)  # the random instant
-        began = time.monotonic()
-        assert row["pid"] is not None
-        os.kill(row["pid"], signal.SIGKILL)
+        os.kill(pid_in(row), signal.SIGKILL)
         until(lambda round=round: len(notes(host, other)) > round)  # type: ignore[misc]
-        assert time.monotonic() - began < 1.0 + 1.0 * SLOW
         host.client.request("restart", names=[victim], mode="fast")
     assert host.row(other)["errors"] == 0
     assert host.row("receiver")["last_error"] is None
