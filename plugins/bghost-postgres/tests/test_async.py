@@ -5,6 +5,7 @@ import signal
 import textwrap
 from typing import Any, Final
 
+import pgkit
 import psycopg
 from support import Host, Sandbox, until
 
@@ -12,42 +13,23 @@ Session = psycopg.Connection[Any]
 
 TABLES: Final = "create table t (n int primary key)"
 
-HEAD: Final = """\
-import asyncio, contextlib
-import bghost, bghost_postgres.aio, psycopg
+SETUP: Final = """\
+@bghost.hookimpl
+async def bghost_setup(self, worker):
+    self.db = bghost_postgres.connect_async(worker)
+    bghost_postgres.aio.CANCEL_LIMIT = 60.0  # the server may get no processor for longer than two seconds
+    self.ticks = 0
+    await self.more(worker)
 
-class Settings(bghost.Settings):
-    naptime: float = 0.05
-
-# The server may get no processor for longer than the two seconds that it has to end a cancelled query.
-bghost_postgres.aio.CANCEL_LIMIT = 60.0
-
-class Kind:
-    Settings = Settings
-
-    @bghost.hookimpl
-    async def bghost_setup(self, worker):
-        self.db = bghost_postgres.connect_async(worker)
-        self.ticks = 0
-        await self.more(worker)
-
-    async def more(self, worker):
-        pass
+async def more(self, worker):
+    pass
 
 """
 
 
 def start(sandbox: Sandbox, uri: str, body: str) -> Host:
     """A host with one async worker ``probe``; *body* is the rest of its class."""
-    sandbox.distribution(
-        "probe-kind",
-        {"probe_kind": HEAD + textwrap.indent(textwrap.dedent(body), "    ")},
-        {"bghost.kinds": {"probe": "probe_kind:Kind"}},
-        requires=("bghost",),
-    )
-    host = sandbox.start_host("run", "probe", "--set", f"postgres.dsn={uri}")
-    host.wait_answering()
-    return host
+    return pgkit.start(sandbox, SETUP + textwrap.dedent(body), "--set", f"postgres.dsn={uri}")
 
 
 def rows(session: Session) -> list[int]:

@@ -12,9 +12,10 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any, Final
 
+import pgkit
 import psycopg
 import pytest
-from outages import Door, forward, prober
+from pgkit import HEAD, Door, forward, prober
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from support import SLOW, Host, Sandbox, until
 
@@ -26,36 +27,20 @@ Session = psycopg.Connection[Any]
 
 TABLES: Final = "create table t (n int)"
 
-HEAD: Final = """\
-import bghost, bghost_postgres, psycopg
+SETUP: Final = """\
+@bghost.hookimpl
+def bghost_setup(self, worker):
+    self.db = bghost_postgres.connect(worker)
+    self.ticks = 0
 
-class Settings(bghost.Settings):
-    naptime: float = 0.05
-
-class Kind:
-    Settings = Settings
-
-    @bghost.hookimpl
-    def bghost_setup(self, worker):
-        self.db = bghost_postgres.connect(worker)
-        self.ticks = 0
 """
+TICK: Final = "@bghost.hookimpl\ndef bghost_tick(self, worker):\n"
 
 
 def start(sandbox: Sandbox, tick: str, *args: str, requires: bool = False) -> Host:
     """A host with one worker ``probe``, whose tick is *tick*; it answers, and may not be ready."""
-    source = HEAD + textwrap.indent(
-        "\n@bghost.hookimpl\ndef bghost_tick(self, worker):\n" + textwrap.indent(textwrap.dedent(tick), "    "), "    "
-    )
-    sandbox.distribution(
-        "probe-kind",
-        {"probe_kind": source},
-        {"bghost.kinds": {"probe": "probe_kind:Kind"}},
-        requires=("bghost", "bghost-postgres") if requires else ("bghost",),
-    )
-    host = sandbox.start_host("run", "probe", *args)
-    host.wait_answering()
-    return host
+    body = SETUP + TICK + textwrap.indent(textwrap.dedent(tick), "    ")
+    return pgkit.start(sandbox, body, *args, requires=requires)
 
 
 def backends(session: Session) -> int:
@@ -384,7 +369,7 @@ def test_a_kind_that_does_not_require_it_is_told_so(sandbox: Sandbox) -> None:
 @pytest.mark.parametrize("dsn", ["postgresql://u:secret@h:port/d", "host=h password=secret x"])
 def test_a_bad_dsn_ends_the_start(sandbox: Sandbox, dsn: str) -> None:
     """Exit 2, one line, the setting named, the password not."""
-    sandbox.kinds({"other": HEAD + "\n    @bghost.hookimpl\n    def bghost_tick(self, worker): pass\n"})
+    sandbox.kinds({"other": HEAD + "    @bghost.hookimpl\n    def bghost_tick(self, worker): pass\n"})
     done = sandbox.bghost("run", "other", "--set", f"postgres.dsn={dsn}")
     assert done.code == 2
     assert "postgres: dsn is not a connection string" in done.stderr
@@ -396,7 +381,7 @@ def test_an_embedded_server_that_cannot_be_ends_the_start(sandbox: Sandbox) -> N
     """A kind needs it: exit 1 and one line, no traceback."""
     sandbox.distribution(
         "needy",
-        {"needy": HEAD + "\n    @bghost.hookimpl\n    def bghost_tick(self, worker): pass\n"},
+        {"needy": HEAD + "    @bghost.hookimpl\n    def bghost_tick(self, worker): pass\n"},
         {"bghost.kinds": {"needy": "needy:Kind"}},
         requires=("bghost", "bghost-postgres"),
     )

@@ -1,20 +1,51 @@
-"""What the tests of outages share: a server's door at which somebody looks who comes, and who waits for whose probe."""
+"""A kind of which a test writes only what matters to it, a server's door at which is noted who comes, and who waits for
+whose probe."""
 
 import contextlib
 import os
 import select
 import socket
 import struct
+import textwrap
 import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from support import Host, until
+from support import Host, Sandbox, until
 
 ACCEPTS: Final = 0x10000  # __SO_ACCEPTCON, of the flags in /proc/net/unix
 CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
+
+
+HEAD: Final = """\
+import asyncio, contextlib
+import bghost, bghost_postgres, psycopg
+
+class Settings(bghost.Settings):
+    naptime: float = 0.05
+
+class Kind:
+    Settings = Settings
+
+"""
+
+
+def start(sandbox: Sandbox, body: str, *args: str, requires: bool = False) -> Host:
+    """A host with a kind ``probe``, whose class has *body* beside its settings; it answers, and may not be ready.
+
+    :param requires: whether the kind's distribution requires bghost-postgres.
+    """
+    sandbox.distribution(
+        "probe-kind",
+        {"probe_kind": HEAD + textwrap.indent(textwrap.dedent(body), "    ")},
+        {"bghost.kinds": {"probe": "probe_kind:Kind"}},
+        requires=("bghost", "bghost-postgres") if requires else ("bghost",),
+    )
+    host = sandbox.start_host("run", "probe", *args)
+    host.wait_answering()
+    return host
 
 
 class Door:
