@@ -226,6 +226,13 @@ def other(database_uri: str, request: pytest.FixtureRequest) -> Iterator[psycopg
         yield session
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that is slow to answer has a minute, where it is not about the two seconds that it has."""
+    for module in ("connection", "aio"):
+        monkeypatch.setattr(f"bghost_postgres.{module}.CANCEL_LIMIT", 60.0)
+
+
 class Worker:
     """As much of a worker as a database asks for: nothing ever interrupts it, unless a test has it so."""
 

@@ -154,6 +154,7 @@ def database(database_uri: str, worker: Worker) -> Iterator[tuple[Database, Work
         yield connect(worker, database_uri), worker, other
 
 
+@pytest.mark.usefixtures("patient")
 @settings(
     max_examples=60,
     derandomize=True,

@@ -47,13 +47,6 @@ def later(function: Callable[..., object], *args: object) -> None:
     threading.Timer(0.1, function, args).start()
 
 
-@pytest.fixture
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that is slow to answer has a minute, where it is not about the two seconds that it has."""
-    for module in ("connection", "aio"):
-        monkeypatch.setattr(f"bghost_postgres.{module}.CANCEL_LIMIT", 60.0)
-
-
 def rows(session: Session) -> list[int]:
     return [n for (n,) in session.execute("select n from t order by n")]
 
