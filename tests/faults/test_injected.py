@@ -281,7 +281,7 @@ def test_a_loop_that_does_nothing_but_fail_is_left(bghost_host: StartHost, tmp_p
             host.client.status()
         assert host.wait() == 70
     assert host.text().count("a bug of bghost") == 3
-    until(lambda: host.sandbox.processes() == {}, 5.0)
+    until(lambda: host.sandbox.processes() == {})
 
 
 def test_a_log_that_cannot_be_written_stops_nobody(bghost_host: StartHost, tmp_path: Path) -> None:

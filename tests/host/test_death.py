@@ -43,9 +43,9 @@ def kill(host: Host) -> float:
     return killed
 
 
-def gone(pids: Collection[int], timeout: float) -> float:
+def gone(pids: Collection[int]) -> float:
     """Wait until none of *pids* lives; when that was."""
-    until(lambda: not any(map(lives, pids)), timeout, f"the end of {pids}")
+    until(lambda: not any(map(lives, pids)), 30.0, f"the end of {pids}")
     return time.monotonic()
 
 
@@ -64,7 +64,7 @@ def test_workers_that_wait_are_gone_at_once_with_their_cleanup(bghost_host: Star
         until(lambda: all(row["doing"] != "active" for row in host.client.ps()), what="workers that wait")
         processes = children(host.pid)
         killed = kill(host)
-        took = gone(processes, 30.0) - killed
+        took = gone(processes) - killed
         host.wait()
         for name in waits:
             (said,) = notes(host, name)
@@ -108,9 +108,9 @@ def test_the_guard_ends_what_does_not_end_itself(bghost_host: StartHost) -> None
         before = host.sandbox.processes()
         guard = guard_of(host.pid)
         killed = kill(host)
-        took = gone([pid for pid in before if pid != guard], 30.0) - killed
+        took = gone([pid for pid in before if pid != guard]) - killed
         assert took >= 1.0
-        gone([guard], 30.0)
+        gone([guard])
         host.wait()
         told = r"guard \(default\): killed pid (\d+) \((.*)\), which the dead host had left behind"
         said = re.findall(told, host.text())
@@ -158,7 +158,7 @@ def test_a_guard_that_dies_is_renewed(bghost_host: StartHost) -> None:
     kill(host)
     with pytest.raises(NoHost):
         host.client.ps()
-    gone([*workers, second], 30.0)
+    gone([*workers, second])
     host.wait()
 
 
@@ -175,7 +175,7 @@ def test_a_host_that_dies_while_its_guard_is_renewed(bghost_host: StartHost) -> 
     while not children(host.pid) - before:
         pass  # as soon as can be
     kill(host)
-    gone(before, 30.0)
+    gone(before)
     host.wait_line(r"killed pid \d+ \(bghost: deaf")
     until(lambda: host.sandbox.processes() == {})
     host.wait()
@@ -191,7 +191,7 @@ def test_a_guard_whose_program_cannot_be_had(sandbox: Sandbox) -> None:
     pids = children(host.pid)
     assert guard_of(host.pid) in pids
     kill(host)
-    gone(pids, 30.0)
+    gone(pids)
     host.wait()
 
 
@@ -219,7 +219,7 @@ def test_a_start_does_the_guards_work_when_that_is_dead_too(sandbox: Sandbox) ->
         if other is not winner:
             assert other.wait() == 1
             assert f"has a host already: pid {winner.pid}" in other.text()
-    gone([worker], 5.0)
+    gone([worker])
     killed = "\n".join(other.text() for other in others)
     assert re.search(rf"left by the last host: pid {worker} \(.*\), killed", killed)
     winner.client.wait("new")
@@ -240,14 +240,14 @@ def test_what_a_dead_run_left_without_its_lock_is_ended_by_the_next(sandbox: San
     os.kill(host.pid, signal.SIGSTOP)
     for pid in (guard, worker, host.pid):
         os.kill(pid, signal.SIGKILL)
-    gone([guard, worker, host.pid], 2.0)
+    gone([guard, worker, host.pid])
     assert lives(program)
     sandbox.config(table("new"))
     new = sandbox.start_host("run")
     new.wait_line("host of instance default runs")
     assert "have not ended yet, waiting" not in new.text()
     new.wait_line(rf"left by the last host: pid {program} \(sh -c .*\), killed")
-    gone([program], 5.0)
+    gone([program])
     new.client.shutdown()
 
 

@@ -272,7 +272,7 @@ def test_it_goes_when_the_host_dies(bghost_host: StartHost, tmp_path: Path) -> N
         path = tmp_path / name
         until(lambda path=path, heard=heard: path.exists() and path.read_text() == heard, what=name)  # type: ignore[misc]
     assert "killed pid" not in host.text()  # nobody had to tell them once more
-    host.wait_line(rf"killed pid {pids['deaf']} \(sh -c", 5)
+    host.wait_line(rf"killed pid {pids['deaf']} \(sh -c")
     host.wait()
 
 

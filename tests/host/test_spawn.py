@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from chaos import CHAOS, table
-from support import SLOW, StartHost, notes, pid_in, until
+from support import StartHost, notes, pid_in, until
 
 from bghost import WorkerSpec
 
@@ -87,7 +87,7 @@ def test_the_hosts_death_while_a_worker_starts(start: str, bghost_host: StartHos
     host = bghost_host(kinds={"chaos": CHAOS}, args=["run"], config=tables, answering=False)
     host.wait_line(r"\] started, pid")
     host.signal(signal.SIGKILL)
-    until(lambda: host.sandbox.processes() == {}, 5.0 * SLOW, "the end of all")
+    until(lambda: host.sandbox.processes() == {}, 30.0, "the end of all")
     host.wait()
     assert "which the dead host had left behind" not in host.text()
 

@@ -149,7 +149,7 @@ def test_it_goes_with_its_host(start: str, box: Sandbox) -> None:
     host.wait_answering()
     (row,) = host.client.wait("one")
     host.signal(signal.SIGKILL)
-    until(lambda: not Path(f"/proc/{row['pid']}").exists(), 2.0 * SLOW)
+    until(lambda: not Path(f"/proc/{row['pid']}").exists(), 30.0)
     host.wait()
     assert "the host has died" in host.text() and "killed pid" not in host.text()
 

@@ -204,13 +204,13 @@ def test_a_hup_opens_the_file_anew(bghost_host: StartHost, log: Path) -> None:
     assert log.stat().st_mode & 0o777 == 0o600
     log.rename(log.with_suffix(".old"))
     host.signal(signal.SIGHUP)
-    until(log.exists, 1)
+    until(log.exists)
     host.client.wake("says")
-    until(lambda: "[says] ticked" in log.read_text(), 1)
+    until(lambda: "[says] ticked" in log.read_text())
     assert "[says] started" in log.with_suffix(".old").read_text()
     os.unlink(log)
     host.signal(signal.SIGHUP)
-    until(log.exists, 1)
+    until(log.exists)
     host.client.wake("says")
     until(lambda: "[says] ticked" in log.read_text())
     ticks = log.read_text().count("[says] ticked")
@@ -221,7 +221,7 @@ def test_a_hup_opens_the_file_anew(bghost_host: StartHost, log: Path) -> None:
     until(lambda: (directory / log.name).read_text().count("[says] ticked") > ticks)
     log.parent.mkdir(0o700)
     host.signal(signal.SIGHUP)
-    until(log.exists, 1)
+    until(log.exists)
 
 
 def test_a_reload_moves_the_log(bghost_host: StartHost, log: Path) -> None:

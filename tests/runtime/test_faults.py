@@ -63,7 +63,7 @@ class Oracle:
         """What runs is what ps says, no zombie is left, nothing leaks, the calm worker is the same and awake."""
         host = self.host
         until(lambda: self._pids() == self._children(), what="ps and the host's children differ")
-        until(lambda: not [pid for pid in children(host.pid) if state(pid) == "Z"], 3.0, "a zombie is left")
+        until(lambda: not [pid for pid in children(host.pid) if state(pid) == "Z"], what="a zombie is left")
         until(lambda: self._held() <= self.held, what=f"it held {self.held} before, and now {self._held()}")
         assert host.alive
         row = host.row("calm")
@@ -414,7 +414,7 @@ def test_what_a_worker_has_started_goes_with_it(end: str, start: Start) -> None:
             assert pid is not None
             os.kill(pid, signal.SIGKILL)
             host.client.wait(name, until="stopped")
-        until(lambda done=done: len(left()) <= len(names) - done, 5.0, f"what {name} has started still runs")  # type: ignore[misc]
+        until(lambda done=done: len(left()) <= len(names) - done, what=f"what {name} has started still runs")  # type: ignore[misc]
         assert len(left()) == len(names) - done, f"with {name}, something of another worker has ended"
     for name, line in (("session", "sleep 600"), ("double", "sleep 600"), ("daemon", r"bghost: daemon \(default\)")):
         assert re.search(rf"left behind by worker {name}: pid \d+ \({line}\); killed", host.text()), name
@@ -493,14 +493,14 @@ def test_a_worker_that_is_stopped_by_a_signal(start: Start) -> None:
     for name, pid in pids.items():
         assert pid is not None
         os.kill(pid, signal.SIGSTOP)
-        row = host.wait_row(name, lambda row: row["flags"] == ["suspended"], 3.0)
+        row = host.wait_row(name, lambda row: row["flags"] == ["suspended"])
         assert (row["state"], row["pid"]) == ("ready", pid)
     oracle.check()
     assert host.client.stop("ends") == {"stopped": ["ends"], "killed": []}
     assert (host.row("ends")["exit"], host.row("ends")["flags"]) == ("exit code 0", [])
     assert pids["goes-on"] is not None
     os.kill(pids["goes-on"], signal.SIGCONT)
-    row = host.wait_row("goes-on", lambda row: row["flags"] == [], 3.0)
+    row = host.wait_row("goes-on", lambda row: row["flags"] == [])
     os.kill(pids["goes-on"], signal.SIGUSR1)
     host.wait_row("goes-on", lambda now: now["ticks"] > row["ticks"])
     oracle.check()

@@ -211,11 +211,11 @@ def test_a_suspended_worker_says_so(bghost_host: StartHost) -> None:
     pid = host.wait_row("still.1", lambda row: row["ticks"] > 1)["pid"]
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
-    host.wait_row("still.1", lambda row: row["flags"] == ["suspended"], 1.0)
+    host.wait_row("still.1", lambda row: row["flags"] == ["suspended"])
     ticks = host.row("still.2")["ticks"]
-    until(lambda: host.row("still.2")["ticks"] > ticks, 5.0)
+    until(lambda: host.row("still.2")["ticks"] > ticks)
     os.kill(pid, signal.SIGCONT)
-    host.wait_row("still.1", lambda row: row["flags"] == [], 1.0)
+    host.wait_row("still.1", lambda row: row["flags"] == [])
 
 
 def test_a_starved_worker_is_not_stuck(bghost_host: StartHost) -> None:

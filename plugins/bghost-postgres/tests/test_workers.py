@@ -114,7 +114,7 @@ def test_a_tick_that_leaves_a_transaction_open(sandbox: Sandbox, database_uri: s
     """
     host = start(sandbox, tick, "--set", f"postgres.dsn={database_uri}")
     host.wait_line(r"a transaction, opened at .*probe_kind\.py:\d+")
-    until(lambda: "idle in transaction" not in states(other), 5)
+    until(lambda: "idle in transaction" not in states(other))
     assert other.execute("select count(*) from t").fetchone() == (0,)
 
 
