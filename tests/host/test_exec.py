@@ -167,7 +167,7 @@ def test_a_stop_on_the_way_to_the_program(
 def test_a_sigterm_on_the_way_to_the_program(where: str, exit: str, bghost_host: StartHost) -> None:
     """From elsewhere it ends the worker or its program, which is started again."""
     host, gate = hold(bghost_host, where)
-    os.kill(host.row("one")["pid"] or 0, signal.SIGTERM)
+    os.kill(pid_in(host.row("one")), signal.SIGTERM)
     with open(gate, "r+b", buffering=0) as opened:
         opened.write(b"x")
         row = host.wait_row("one", lambda row: row["starts"] == 2 and row["state"] == "ready")

@@ -256,7 +256,7 @@ def test_a_server_that_comes_up_between_an_attempt_and_the_question_why(sandbox:
         listener.shutdown(socket.SHUT_RDWR)
 
 
-SETUP: Final = """\
+GETS_READY: Final = """\
 import time
 import bghost, bghost_postgres
 
@@ -280,7 +280,7 @@ def test_the_time_to_get_ready_stands_still_while_a_server_is_mute(
     sandbox: Sandbox, database_uri: str, sort: str
 ) -> None:
     """An attempt that takes longer, and asking the server why one has failed, are waits for the database."""
-    sandbox.kinds({"probe": SETUP.format(READY[sort]), "hangs": SETUP.format(HANGS)})
+    sandbox.kinds({"probe": GETS_READY.format(READY[sort]), "hangs": GETS_READY.format(HANGS)})
     real = conninfo_to_dict(database_uri)
     path = f"{real['host']}/.s.PGSQL.{real['port']}"
     limit = 2 * SLOW
