@@ -6,6 +6,7 @@ import os
 import select
 import socket
 import struct
+import tempfile
 import textwrap
 import threading
 from collections import Counter
@@ -49,18 +50,20 @@ def start(sandbox: Sandbox, body: str, *args: str, requires: bool = False) -> Ho
 
 
 class Door:
-    """A server's Unix socket in a directory, that notes which process comes, and leaves the connection to a function.
+    """A server's Unix socket that notes which process comes, and leaves the connection to a function.
 
     The kernel says who it is, as of its connect(): however late it is looked at here.
     """
 
-    def __init__(self, directory: Path, serve: Callable[[socket.socket], None]) -> None:
-        self.dsn: Final = f"host={directory} port=5432 user=postgres dbname=postgres"
+    def __init__(self, serve: Callable[[socket.socket], None]) -> None:
+        # A socket's path has 107 bytes, and that of a test's own directory may be longer.
+        self._directory = tempfile.TemporaryDirectory(prefix="bghost-")
+        self.dsn: Final = f"host={self._directory.name} port=5432 user=postgres dbname=postgres"
         self.pids: list[int] = []
         """Of those who came, one for each time."""
         self._serve = serve
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.bind(f"{directory}/.s.PGSQL.5432")
+        self._socket.bind(f"{self._directory.name}/.s.PGSQL.5432")
         self._socket.listen(128)
         self._thread = threading.Thread(target=self._accept)
         self._thread.start()
@@ -88,6 +91,7 @@ class Door:
         self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
         self._thread.join()
+        self._directory.cleanup()
 
 
 def forward(connection: socket.socket, path: str) -> None:

@@ -130,7 +130,7 @@ def bghost_tick(self, worker):
 def test_one_worker_of_many_probes_a_server_that_is_down(sandbox: Sandbox) -> None:
     """Each tries once; from then on there is one that does, though it be another one after the first was killed."""
     count, began = 20, time.monotonic()
-    with contextlib.closing(Door(sandbox.root, socket.socket.close)) as door:
+    with contextlib.closing(Door(socket.socket.close)) as door:
         host = start(sandbox, TICK, "--count", str(count), "--set", f"postgres.dsn={door.dsn}")
         first = until(lambda: prober(host, count - 1), 60)
         assert host.text().count("cannot be reached") == count

@@ -205,7 +205,7 @@ def test_a_server_that_takes_no_more_connections_and_one_that_is_mute(
 
         held = [stack.enter_context(session) for _ in range(8) if (session := until(one))]
         began = time.monotonic()
-        door = Door(sandbox.root, partial(forward, path=f"{cluster.path}/.s.PGSQL.5432"))
+        door = Door(partial(forward, path=f"{cluster.path}/.s.PGSQL.5432"))
         stack.callback(door.close)
         host = start(sandbox, COUNT, "--count", str(count), "--set", f"postgres.dsn={door.dsn} connect_timeout=2")
         first = until(lambda: prober(host, count - 1), 60)
