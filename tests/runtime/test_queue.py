@@ -379,6 +379,7 @@ while True:
     except bghost.BghostError:
         worker.wait(0.01)
         continue
+    note('attached')
     try:
         n = 0
         while True:
@@ -397,11 +398,11 @@ while True:
     other = "receiver" if victim == "sender" else "sender"
     chance = random.Random(victim)
     for round in range(4):
-        row = host.wait_row(victim, lambda row: row["pid"] is not None and row["state"] == "ready")
-        until(lambda: host.row(other)["state"] == "ready")
+        for name in (victim, other):  # whoever is killed before that leaves nobody
+            until(lambda name=name, round=round: notes(host, name).count("attached") > round)  # type: ignore[misc]
         time.sleep(chance.random() * 0.3)  # the random instant
-        os.kill(pid_in(row), signal.SIGKILL)
-        until(lambda round=round: len(notes(host, other)) > round)  # type: ignore[misc]
+        os.kill(pid_in(host.row(victim)), signal.SIGKILL)
+        until(lambda round=round: notes(host, other).count("left") > round)  # type: ignore[misc]
         host.client.request("restart", names=[victim], mode="fast")
     assert host.row(other)["errors"] == 0
     assert host.row("receiver")["last_error"] is None
