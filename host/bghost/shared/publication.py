@@ -99,7 +99,7 @@ class Writer:
 
     def __init__(self, publications: Publications, place: int, salt: int) -> None:
         size = publications.size
-        data = [place + half + _CHECK for half in publications.halves]
+        halves = [place + half for half in publications.halves]
         live = publications.live_at(place)
         self._publications = publications
         self._place = place
@@ -108,8 +108,8 @@ class Writer:
         self._words = publications.words
         # All that a publication needs is made ahead: there may be a million in a second.
         self._word = place >> 3
-        self._checks = data[0] - _CHECK >> 3, data[1] - _CHECK >> 3
-        self._halves = slice(data[0], data[0] + size), slice(data[1], data[1] + size)
+        self._checks = [half >> 3 for half in halves]
+        self._halves = [slice(half + _CHECK, half + _CHECK + size) for half in halves]
         self._live = slice(live, live + size)
 
     def write(self, data: bytes) -> None:

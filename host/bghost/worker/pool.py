@@ -170,7 +170,7 @@ class Entry(Generic[K, D]):
             raise self._no_data(f"{len(raw)} bytes") from None
 
     def _bytes_of(self, data: object) -> bytes:
-        if not isinstance(data, type(self._live)) and not isinstance(data, (bytes, bytearray, memoryview)):
+        if not isinstance(data, (type(self._live), bytes, bytearray, memoryview)):
             raise self._no_data(repr(data))
         return bytes(data)  # type: ignore[arg-type]
 
