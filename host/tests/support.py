@@ -13,6 +13,7 @@ import re
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -80,6 +81,16 @@ def until(condition: Callable[[], T], timeout: float = 10.0, what: str = "") -> 
         time.sleep(0.02)
         late = time.monotonic() > deadline  # it is looked at once more then: this process may have been held up
     return value
+
+
+def accepted(listener: socket.socket) -> Iterator[socket.socket]:
+    """Each connection, as it comes, until *listener* is shut down."""
+    while True:
+        try:
+            connection, _ = listener.accept()
+        except OSError:
+            return
+        yield connection
 
 
 def within(seconds: float, attempt: Callable[[], float], tries: int = 4) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import SLOW, until, within
+from support import SLOW, accepted, until, within
 
 from bghost.shared.client import Client
 from bghost.shared.errors import BghostError, ConfigError, HostError, NoHost, NotFound, TimedOut, UsageError
@@ -47,11 +47,7 @@ class Listener:
         self._threads[0].start()
 
     def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._socket.accept()
-            except OSError:
-                return
+        for connection in accepted(self._socket):
             self._connections.append(connection)
             thread = threading.Thread(target=self._serve, args=(connection,), daemon=True)
             self._threads.append(thread)

@@ -227,8 +227,8 @@ def test_a_start_does_the_guards_work_when_that_is_dead_too(sandbox: Sandbox) ->
     host.wait()
 
 
-def test_what_a_dead_run_left_without_its_lock_is_ended_by_the_next(sandbox: Sandbox) -> None:
-    """A program in a session of its own, its worker, guard and host all killed: nobody holds the lock any more."""
+def start_with_program(sandbox: Sandbox) -> tuple[list[int], int]:
+    """A run's guard, worker and host, and the worker's program, which is in a session of its own, without the lock."""
     sandbox.kinds({"chaos": CHAOS})
     sandbox.config(table("program", tick=DEAF_TO_ALL["program"]))
     host = sandbox.start_host("run")
@@ -237,10 +237,21 @@ def test_what_a_dead_run_left_without_its_lock_is_ended_by_the_next(sandbox: San
     (worker,) = (pid for pid in children(host.pid) if pid != guard)
     # exec closes Popen's pipe an instant before the new command line can be read.
     (program,) = until(lambda: [pid for pid in children(worker) if "sh -c" in title(pid)])
-    os.kill(host.pid, signal.SIGSTOP)
-    for pid in (guard, worker, host.pid):
+    return [guard, worker, host.pid], program
+
+
+def kill_run(pids: list[int]) -> None:
+    """Kill a run's processes, the host last: it sees none of the other ends."""
+    os.kill(pids[-1], signal.SIGSTOP)
+    for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    gone([guard, worker, host.pid])
+    gone(pids)
+
+
+def test_what_a_dead_run_left_without_its_lock_is_ended_by_the_next(sandbox: Sandbox) -> None:
+    """A program in a session of its own, its worker, guard and host all killed: nobody holds the lock any more."""
+    run, program = start_with_program(sandbox)
+    kill_run(run)
     assert lives(program)
     sandbox.config(table("new"))
     new = sandbox.start_host("run")
@@ -270,18 +281,9 @@ def outlives_its_kill(pid: int) -> Iterator[None]:
 
 def test_no_host_starts_while_what_it_has_killed_lives(sandbox: Sandbox) -> None:
     """Though the lock is free: what does not end in time is named, and the start after its end succeeds."""
-    sandbox.kinds({"chaos": CHAOS})
-    sandbox.config(table("program", tick=DEAF_TO_ALL["program"]))
-    host = sandbox.start_host("run")
-    host.wait_line("note: is up")
-    guard = guard_of(host.pid)
-    (worker,) = (pid for pid in children(host.pid) if pid != guard)
-    (program,) = until(lambda: [pid for pid in children(worker) if "sh -c" in title(pid)])
+    run, program = start_with_program(sandbox)
     with outlives_its_kill(program):
-        os.kill(host.pid, signal.SIGSTOP)
-        for pid in (guard, worker, host.pid):
-            os.kill(pid, signal.SIGKILL)
-        gone([guard, worker, host.pid])
+        kill_run(run)
         sandbox.config(table("new"))
         new = sandbox.start_host("run")
         new.wait_line(rf"left by the last host: pid {program} \(sh -c .*\), killed")

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from support import Host, Sandbox, until
+from support import Host, Sandbox, accepted, until
 
 ACCEPTS: Final = 0x10000  # __SO_ACCEPTCON, of the flags in /proc/net/unix
 CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
@@ -69,11 +69,7 @@ class Door:
         self._thread.start()
 
     def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._socket.accept()
-            except OSError:
-                return
+        for connection in accepted(self._socket):
             pid, _, _ = CREDENTIALS.unpack(
                 connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
             )
